@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Sets up what LPD needs, and says what it does. Quick when nothing has changed.
+#   bash environment_setup.sh [--dev] [ENV]
+# With a name ENV and conda present: a conda environment of that name. Otherwise: a virtual environment in
+# .venv of this repository. --dev adds what the tests need; PYTHON=... chooses the Python (3.10 or later).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage_error() { echo "error: $*" >&2; exit 2; }
+failure() { echo "error: $*" >&2; exit 1; }
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+recent() {
+    local version
+    version=$(version_of "$1") && ((${version%.*} > 3 || (${version%.*} == 3 && ${version#*.} >= 10)))
+}
+
+find_python() { # sets python
+    if [[ -n ${PYTHON:-} ]]; then
+        recent "$PYTHON" ||
+            usage_error "PYTHON=$PYTHON is no Python 3.10 or later: it says $(version_of "$PYTHON" || echo nothing)"
+        python=$PYTHON
+        return
+    fi
+    for python in python3 python3.13 python3.12 python3.11 python3.10; do
+        if recent "$python"; then return; fi
+    done
+    failure "no Python 3.10 or later found (python3 is $(version_of python3 || echo 'not here')): set PYTHON=..."
+}
+
+make_venv() {
+    "$python" -m venv --clear .venv && return
+    # Debian keeps venv's pip in a package of its own.
+    if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
+        echo "installing Debian's python3-venv"
+        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv; } >/dev/null &&
+            "$python" -m venv --clear .venv && return
+    fi
+    failure "$python cannot make a virtual environment: install its venv module (Debian: python3-venv)"
+}
+
+setup_venv() { # sets prefix
+    prefix=$PWD/.venv
+    local inside=$prefix/bin/python
+    if [[ -x $inside ]] && recent "$inside" && "$inside" -m pip --version >/dev/null 2>&1; then return; fi
+    if [[ -e $prefix ]]; then echo ".venv does not work: making it again"; fi
+    echo "making the virtual environment .venv with Python $(version_of "$python")"
+    make_venv
+}
+
+setup_conda() { # sets prefix
+    if ! conda run -n "$1" python --version >/dev/null 2>&1; then
+        echo "making the conda environment $1"
+        conda create -y -q -n "$1" python=3.12 pip || failure "conda cannot make the environment $1"
+    fi
+    prefix=$(conda run -n "$1" python -c 'import sys; print(sys.prefix)')
+    recent "$prefix/bin/python" ||
+        usage_error "conda environment $1 has Python $(version_of "$prefix/bin/python"): LPD needs 3.10 or later"
+}
+
+install() { # A copy of each file that is installed stays in the environment, so nothing is done twice.
+    local file
+    mkdir -p "$prefix/lpd"
+    for file in "$@"; do
+        if cmp -s "$file" "$prefix/lpd/$file"; then continue; fi
+        echo "installing $file (with torch this is several GB: a few minutes)"
+        "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore -r "$file" ||
+            failure "installing $file into $prefix failed: run this again to go on"
+        cp "$file" "$prefix/lpd/$file"
+    done
+}
+
+files=(requirements.txt)
+name=
+for arg in "$@"; do
+    case $arg in
+        --dev) files+=(requirements-dev.txt) ;;
+        -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit ;;
+        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [ENV]" ;;
+        *)
+            if [[ -n $name ]]; then usage_error "one name at most: $name, $arg"; fi
+            name=$arg
+            ;;
+    esac
+done
+
+if [[ -n $name ]] && command -v conda >/dev/null; then
+    setup_conda "$name"
+    use="conda activate $name"
+else
+    if [[ -n $name ]]; then echo "conda is not here: using .venv instead of $name"; fi
+    find_python
+    setup_venv
+    use="source $prefix/bin/activate"
+fi
+install "${files[@]}"
+echo "environment ready: $use"
