@@ -1,0 +1,58 @@
+"""Transformer layers: attention, MLP, block. One attention path, with or without a KV cache.
+
+Knows rows, masks and caches. Does not know what a row stands for. B batch, N rows of this call,
+M rows attended to, D width, H heads, d = D / H.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the rows of this call and, given a cache, the rows kept in it."""
+
+    def __init__(self, dim, num_heads, dropout, layer):
+        super().__init__()
+        self.num_heads = num_heads
+        self.layer = layer  # our place in the KV cache
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None, kv_cache=None):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        if kv_cache is not None:
+            k, v = kv_cache.extend(self.layer, k, v)  # [B, H, M, d]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, d]
+        x = x.transpose(1, 2).reshape(B, N, D)
+        return self.proj_drop(self.proj(x))
+
+
+class MLP(nn.Module):
+    """Two linears around an exact GELU."""
+
+    def __init__(self, dim, hidden_dim, dropout):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, dropout, layer):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, dropout, layer)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+
+    def forward(self, x, mask=None, kv_cache=None):
+        x = x + self.attn(self.norm1(x), mask, kv_cache)  # [B, N, D]
+        return x + self.mlp(self.norm2(x))  # [B, N, D]

@@ -1,0 +1,219 @@
+"""The image tokenizer: LlamaGen's VQ model, VQ-16 by default, any smaller one by its config.
+
+Knows pixels in [-1, 1] and codebook ids. Does not know training, files or classes. The state dict has the
+keys of the released `vq_ds16_c2i.pt` (LlamaGen, arXiv 2406.06525).
+
+B batch, C channels, h = H / stride, L = h * w, V codebook size, e code width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels."""
+
+    vocab_size: int = 16384
+    code_dim: int = 8
+    base_width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+
+    def __post_init__(self):
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON gives a list
+        if self.base_width < 32 or self.base_width % 32:
+            raise ValueError(f"base_width must be a multiple of 32 (GroupNorm), not {self.base_width}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be positive ints, not {self.multipliers}")
+        if not 1 <= self.vocab_size <= 65536:
+            raise ValueError(f"vocab_size must lie in 1..65536 (tokens are stored as uint16), not {self.vocab_size}")
+
+    @property
+    def stride(self):
+        """Pixels per token, along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))  # [B, C_out, h, w]
+        h = self.conv2(F.silu(self.norm2(h)))  # [B, C_out, h, w]
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all places of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # [B, hw, C]
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, hw, C]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # [B, C, h / 2, w / 2]
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, 2h, 2w]
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each with attention behind it if asked, and a resampling."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, attention):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x):
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+def middle(channels):
+    return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.base_width * m for m in config.multipliers]
+        self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
+        self.conv_blocks = nn.Sequential()
+        channels = config.base_width
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            level = Level(channels, width, config.num_res_blocks, attention=lowest)
+            if not lowest:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+            channels = width
+        self.mid = middle(channels)
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_blocks(self.conv_in(x)))  # [B, C, h, w]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, z_channels, h, w]
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.base_width * m for m in reversed(config.multipliers)]
+        channels = widths[0]
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = middle(channels)
+        self.conv_blocks = nn.Sequential()
+        for i, width in enumerate(widths):
+            level = Level(channels, width, config.num_res_blocks + 1, attention=i == 0)
+            if i < len(widths) - 1:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+            channels = width
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_blocks(self.mid(self.conv_in(x)))  # [B, C, H, W]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
+
+
+class Codebook(nn.Module):
+    """V unit vectors of width e. A code is looked up by its id, or found as the nearest to a vector."""
+
+    def __init__(self, vocab_size, code_dim):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, code_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
+        self.register_buffer("codebook_used", torch.zeros(65536))  # unused; the released weights have it
+
+    def forward(self, tokens):
+        """ids [...] -> unit vectors [..., e]."""
+        return F.normalize(F.embedding(tokens, self.embedding.weight), dim=-1)
+
+    def nearest(self, z):
+        """vectors [..., e], of any length -> ids [...] of the codes with the least angle."""
+        codes = F.normalize(self.embedding.weight, dim=-1)
+        return (F.normalize(z, dim=-1) @ codes.T).argmax(dim=-1)
+
+
+class VQModel(nn.Module):
+    """Pixels to tokens and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.quantize = Codebook(config.vocab_size, config.code_dim)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def latents(self, pixels):
+        """pixels [B, 3, H, W] in [-1, 1] -> unit vectors [B, h, w, e], before quantisation."""
+        height, width = pixels.shape[-2:]
+        if height % self.config.stride or width % self.config.stride:
+            raise ValueError(f"image of {width}x{height} pixels is no multiple of the stride {self.config.stride}")
+        z = self.quant_conv(self.encoder(pixels))  # [B, e, h, w]
+        return F.normalize(z.permute(0, 2, 3, 1), dim=-1)  # [B, h, w, e]
+
+    def decode_codes(self, codes):
+        """code vectors [B, h, w, e] -> pixels [B, 3, H, W], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2)))
+
+    def encode(self, pixels):
+        """pixels [B, 3, H, W] in [-1, 1], square -> tokens int64 [B, L] in raster order."""
+        return self.quantize.nearest(self.latents(pixels)).flatten(1)
+
+    def decode(self, tokens):
+        """tokens int64 [B, L] in raster order, of a square image -> pixels [B, 3, H, W], about [-1, 1]."""
+        side = int(tokens.shape[1] ** 0.5)
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens make no square image")
+        return self.decode_codes(self.quantize(tokens.unflatten(1, (side, side))))
