@@ -9,10 +9,7 @@ if [[ $# -ne 1 || $1 == -* ]]; then
     echo "usage: bash scripts/data/fashion_mnist.sh DIR" >&2
     exit 2
 fi
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repo=$(cd "$here/../.." && pwd)
-python=$repo/.venv/bin/python
-[[ -x $python ]] || python=python3
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 package=dataset-fashion-mnist
 finished() { [[ -d $1/train && -d $1/val ]]; }
@@ -23,4 +20,4 @@ if ! finished "$1" && ! installed && [[ $EUID -eq 0 ]] && command -v apt-get >/d
     apt_get install -y "$package" || { apt_get update && apt_get install -y "$package"; } ||
         echo "$package cannot be installed here: downloading with torchvision instead"
 fi
-exec "$python" "$here/fashion_mnist.py" "$1"
+exec "$python" "$repo/scripts/data/fashion_mnist.py" "$1"
