@@ -1,0 +1,1 @@
+"""Group sizes and generation orders, and the files they are kept in."""

@@ -1,0 +1,176 @@
+"""Order files: `.npy` uint16 [n, L] with its settings in `.meta.json` beside it, or the published `.json`.
+
+Knows the two formats and what a valid order is; does not know how orders are made. Nothing is half-written under
+a final name, and nothing read is believed before it is checked.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+SUFFIXES = (".npy", ".json")
+LARGEST_LENGTH = 1 << 16  # positions are uint16
+ROWS_PER_CHECK = 4096
+
+
+def load_orders(path: str | os.PathLike, num_tokens: int, num_orders: int | None = None) -> np.ndarray:
+    """All orders of a `.npy` or published `.json` file, uint16 [n, num_tokens], each checked to be a permutation.
+
+    Raises ValueError, naming the file, the row and the numbers, for anything else, or for fewer than `num_orders`;
+    OSError where the file cannot be read. The size an `.npy` header claims is checked before memory is taken.
+    """
+    path = Path(path)
+    check_suffix(path)
+    orders = _read_json(path, num_tokens) if path.suffix == ".json" else _read_npy(path, num_tokens)
+    if num_orders is not None and len(orders) < num_orders:
+        raise ValueError(f"{path} has {len(orders)} orders, but {num_orders} are needed")
+    for start in range(0, len(orders), ROWS_PER_CHECK):
+        _check_permutations(path, orders[start : start + ROWS_PER_CHECK], start)
+    return orders.astype(np.uint16, copy=False)
+
+
+def save_orders(path: str | os.PathLike, orders: np.ndarray, meta: Mapping) -> None:
+    """Write `orders` [n, L] to a `.npy` and its `meta` to `meta_path(path)`, or to a `.json` as a list of lists.
+
+    An existing file is replaced in one step, and a failure leaves it as it was and no temporary file behind.
+    """
+    path = Path(path)
+    check_suffix(path)
+    if path.suffix == ".json":
+        _write_atomically(path, lambda file: _write_json(file, orders))
+        return
+    text = json.dumps(dict(meta), indent=2) + "\n"
+    _write_atomically(path, lambda file: np.save(file, orders.astype(np.uint16, copy=False)))
+    _write_atomically(meta_path(path), lambda file: file.write(text.encode()))
+
+
+def meta_path(path: str | os.PathLike) -> Path:
+    """Where the settings of an `.npy` order file are: its name with `.meta.json` for `.npy`.
+
+    Not `.json`, which is the published format's name for the orders themselves.
+    """
+    return Path(path).with_suffix(".meta.json")
+
+
+def check_suffix(path: Path) -> None:
+    """ValueError unless `path` ends in `.npy` or `.json`."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
+
+
+def _check_permutations(path: Path, orders: np.ndarray, first_row: int) -> None:
+    wrong = (np.sort(orders, axis=1) != np.arange(orders.shape[1])).any(axis=1)
+    if not wrong.any():
+        return
+    row = int(wrong.argmax())
+    positions, counts = np.unique(orders[row], return_counts=True)
+    length = orders.shape[1]
+    where = f"{path}, row {first_row + row}: not a permutation of 0..{length - 1}"
+    for position, count in zip(positions.tolist(), counts.tolist()):
+        if not 0 <= position < length:
+            raise ValueError(f"{where}: it holds {position}")
+        if count > 1:
+            raise ValueError(f"{where}: position {position} is there {count} times")
+
+
+def _read_npy(path: Path, num_tokens: int) -> np.ndarray:
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[version](file)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not an .npy file: {str(error).splitlines()[0]}") from error
+        present = os.fstat(file.fileno()).st_size - file.tell()
+    if dtype.kind not in "iu":
+        raise ValueError(f"{path} holds {dtype}, not integers")
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"{path} has shape {shape}, not [orders, {num_tokens}]")
+    if shape[1] != num_tokens:
+        raise ValueError(f"{path} has orders of {shape[1]} positions, but an image has {num_tokens} tokens")
+    claimed = shape[0] * shape[1] * dtype.itemsize
+    if claimed != present:
+        raise ValueError(f"{path} claims {claimed} bytes of orders, but holds {present}")
+    return np.load(path, allow_pickle=False)
+
+
+def _read_json(path: Path, num_tokens: int) -> np.ndarray:
+    """A list of lists, read row by row: as Python lists, a file of 60,000 x 1024 would take over 2 GB."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    rows: list[np.ndarray] = []
+    decode = json.JSONDecoder().raw_decode
+    at = _after(path, text, 0, "[", len(rows))
+    while at < len(text) and text[at] != "]":
+        if rows:
+            at = _after(path, text, at, ",", len(rows))
+        try:
+            row, at = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, row {len(rows)}: not JSON: {error}") from error
+        rows.append(_checked_row(path, row, len(rows), num_tokens))
+        at = _skip_space(text, at)
+    at = _after(path, text, at, "]", len(rows))
+    if at != len(text):
+        raise ValueError(f"{path} goes on after the list of orders, at character {at}")
+    return np.array(rows, np.uint16).reshape(len(rows), num_tokens)
+
+
+def _checked_row(path: Path, row: object, number: int, num_tokens: int) -> np.ndarray:
+    where = f"{path}, row {number}:"
+    if not isinstance(row, list):
+        raise ValueError(f"{where} a list of positions was expected, not {type(row).__name__}")
+    if len(row) != num_tokens:
+        raise ValueError(f"{where} {len(row)} positions, but an image has {num_tokens} tokens")
+    for position in row:
+        if type(position) is not int or not 0 <= position < num_tokens:
+            raise ValueError(f"{where} not a permutation of 0..{num_tokens - 1}: it holds {position!r:.40}")
+    return np.array(row, np.uint16)
+
+
+def _after(path: Path, text: str, at: int, expected: str, row: int) -> int:
+    at = _skip_space(text, at)
+    if text[at : at + 1] != expected:
+        found = repr(text[at]) if at < len(text) else "the end"
+        raise ValueError(f"{path}, row {row}: {expected!r} was expected at character {at}, not {found}")
+    return _skip_space(text, at + 1)
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _write_json(file: IO[bytes], orders: np.ndarray) -> None:
+    for number, row in enumerate(orders):
+        file.write(b"[" if number == 0 else b", ")
+        file.write(json.dumps(row.tolist()).encode())
+    file.write(b"]" if len(orders) else b"[]")
+
+
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

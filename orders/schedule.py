@@ -1,0 +1,65 @@
+"""Group sizes: how many tokens each decoding step generates, and which schedules training draws from.
+
+Knows counts only: no grid, no order, no model. `group_sizes` is always a plain tuple of ints that starts with 1
+and sums to the number of tokens L; its length G is the number of decoding steps.
+Source: Locality-aware Parallel Decoding, arXiv 2507.01957.
+"""
+
+import math
+from collections.abc import Sequence
+
+TRAINING_STEPS_256 = (256, 128, 64, 32, 24, 20, 16, 12, 8)
+TRAINING_STEPS_1024 = (1024, 512, 256, 224, 192, 160, 128, 96, 80, 64, 56, 48, 40, 32)
+FEWEST_SCALED_STEPS = 4  # below this the 256 list, scaled to a small grid, would train on almost independent tokens
+
+
+def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
+    """The paper's cosine schedule: `steps` group sizes, rising, that start with 1 and sum to `num_tokens`.
+
+    Raises ValueError where no such list exists: fewer than 1 step, more steps than tokens, or one step for
+    several tokens (the first group is always one token).
+    """
+    if num_tokens < 1 or not 1 <= steps <= num_tokens or (steps == 1 and num_tokens > 1):
+        raise ValueError(f"{steps} steps cannot generate {num_tokens} tokens: 2 steps at least, {num_tokens} at most")
+    angles = [math.pi * i / (2 * steps) for i in range(steps + 1)]
+    sizes = [max(1, round(num_tokens * (math.cos(a) - math.cos(b)))) for a, b in zip(angles, angles[1:])]
+    sizes[0] = 1
+    missing = num_tokens - sum(sizes)
+    last = steps - 1
+    while missing:  # one token at a time, from the last group backwards, never the first group nor below 1
+        change = 1 if missing > 0 else -1
+        if sizes[last] + change >= 1:
+            sizes[last] += change
+            missing -= change
+        last = last - 1 if last > 1 else steps - 1
+    return tuple(sorted(sizes))
+
+
+def check_group_sizes(group_sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """`group_sizes` as a tuple of ints; ValueError unless it starts with 1, is positive and sums to `num_tokens`."""
+    sizes = tuple(int(size) for size in group_sizes)
+    if not sizes:
+        raise ValueError(f"group sizes are empty, but must sum to {num_tokens}")
+    for group, size in enumerate(sizes):
+        if size < 1:
+            raise ValueError(f"group sizes must be 1 or more, but number {group} of {len(sizes)} is {size}")
+    if sizes[0] != 1:
+        raise ValueError(f"group sizes must start with 1, not {sizes[0]}")
+    if sum(sizes) != num_tokens:
+        raise ValueError(f"group sizes sum to {sum(sizes)}, but there are {num_tokens} tokens")
+    return sizes
+
+
+def training_steps(num_tokens: int) -> tuple[int, ...]:
+    """The step counts training draws from, falling: the published lists for 256 and 1024 tokens, else scaled.
+
+    For another L the list of 256 is scaled by L / 256, rounded, and kept where it has 4 steps or more; L itself
+    (one token at a time) is always in it.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"the number of tokens must be 1 or more, not {num_tokens}")
+    if num_tokens == 1024:
+        return TRAINING_STEPS_1024
+    scaled = (round(steps * num_tokens / 256) for steps in TRAINING_STEPS_256)
+    kept = {steps for steps in scaled if steps >= FEWEST_SCALED_STEPS} | {num_tokens}
+    return tuple(sorted(kept, reverse=True))
