@@ -1,8 +1,8 @@
 """Generation orders: locality-aware, raster, random and Halton, over thousands of images at once.
 
-An order is a row of L = grid_size**2 raster positions: `order[i, t]` is the position image i generates at slot t.
-Every random choice comes from a counter-based hash of (seed, image id, group, cell), so the order of an image is
-the same whatever else is in the call, and nothing touches the global random state.
+An order is a row of L = grid_size**2 raster positions: `order[i, t]` is what image i generates at slot t.
+Every random choice comes from a counter-based hash of (seed, image id, group, cell), so that the order of an
+image is the same whatever else is in the call, and nothing touches the global random state.
 
 Knows grids, group sizes and numbers; knows no files, no model, no torch.
 Source of the locality-aware order: Locality-aware Parallel Decoding, arXiv 2507.01957, section 3.3.
@@ -19,12 +19,14 @@ from orders.schedule import check_group_sizes
 
 ORDER_KINDS = ("lpd", "raster", "random", "halton")
 LARGEST_GRID = 256  # positions are uint16
-CELLS_PER_CHUNK = 1 << 16  # orders are worked on this many cells at a time, so that the arrays stay in the L2 cache
+LARGEST_LPD_GRID = 64  # 1024 px; the tables of [L, L] take 6 L**2 bytes, 100 MB
+CELLS_PER_CHUNK = 1 << 16  # so many are worked on at a time: the arrays of one chunk fit in an L2 cache
 
-SCORE_BITS = 5  # a cell has one of 25 proximity scores, or none
-NEAR_TIE_BITS = 32 - SCORE_BITS
-ORTHOGONAL = 5  # weight of an orthogonal neighbour in a neighbour code; a diagonal one has weight 1, at most 4
+ORTHOGONAL = 5  # weight of an orthogonal neighbour in a neighbour code; up to 4 diagonal ones have weight 1
 OCCUPIED = 25  # added to the neighbour code of a generated cell
+SCORE_TIE_BITS = 27  # a cell has one of 25 proximity scores, or none: 5 bits, and the rest breaks ties
+LEAST_NEAR = np.uint32(1 << SCORE_TIE_BITS)
+EVERY_BIT = np.uint32(2**32 - 1)
 
 
 def make_orders(
@@ -38,7 +40,11 @@ def make_orders(
     seed: int = 0,
     image_ids: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Orders of any kind in ORDER_KINDS, uint16 [n, L]; what a kind does not need is checked and then unused."""
+    """Orders of any kind in ORDER_KINDS, uint16 [n, L]; only "lpd" depends on group sizes and thresholds.
+
+    The group sizes must fit the grid whatever the kind. Raises ValueError as `lpd_orders` does, and for an
+    unknown kind.
+    """
     check_group_sizes(group_sizes, _num_tokens(grid_size))
     if kind == "lpd":
         return lpd_orders(
@@ -64,7 +70,9 @@ def raster_orders(n: int, grid_size: int) -> np.ndarray:
     return np.tile(np.arange(_num_tokens(grid_size), dtype=np.uint16), (n, 1))
 
 
-def random_orders(n: int, grid_size: int, *, seed: int = 0, image_ids: np.ndarray | None = None) -> np.ndarray:
+def random_orders(
+    n: int, grid_size: int, *, seed: int = 0, image_ids: np.ndarray | None = None
+) -> np.ndarray:
     """Uniformly random permutations, uint16 [n, L]; row i depends on (seed, image_ids[i]) alone."""
     num_tokens = _num_tokens(grid_size)
     orders = np.empty((n, num_tokens), np.uint16)
@@ -73,19 +81,22 @@ def random_orders(n: int, grid_size: int, *, seed: int = 0, image_ids: np.ndarra
     return orders
 
 
-def halton_orders(n: int, grid_size: int, *, seed: int = 0, image_ids: np.ndarray | None = None) -> np.ndarray:
-    """The cells in the order in which the Halton sequence of bases 2 and 3 first visits them, uint16 [n, L].
+def halton_orders(
+    n: int, grid_size: int, *, seed: int = 0, image_ids: np.ndarray | None = None
+) -> np.ndarray:
+    """The cells in the order in which the Halton points of bases 2 and 3 first visit them, uint16 [n, L].
 
-    Each image has the sequence shifted round the edges of the grid by a random whole number of rows and columns,
-    so that its first cell is uniform; row i depends on (seed, image_ids[i]) alone.
+    Each image has the points shifted round the edges of the grid by a random number of rows and of
+    columns, so that its first cell is uniform; row i depends on (seed, image_ids[i]) alone.
     """
     num_tokens = _num_tokens(grid_size)
     y, x = np.divmod(_halton_visit(grid_size), grid_size)
     orders = np.empty((n, num_tokens), np.uint16)
     for rows, keys in _chunks(n, num_tokens, seed, image_ids):
-        shift = (_random_bits(keys, 0, 2) >> np.uint64(32)) * np.uint64(grid_size) >> np.uint64(32)  # [rows, 2]
-        shift = shift.astype(np.int64)
-        orders[rows] = (y + shift[:, :1]) % grid_size * grid_size + (x + shift[:, 1:]) % grid_size
+        half = np.uint64(32)  # a random number below 2**32, times the grid size, over 2**32
+        shift = (_random_bits(keys, 0, 2) >> half) * np.uint64(grid_size) >> half  # [rows, 2]
+        down, across = shift.astype(np.int64).T[:, :, None]
+        orders[rows] = (y + down) % grid_size * grid_size + (x + across) % grid_size
     return orders
 
 
@@ -101,14 +112,15 @@ def lpd_orders(
 ) -> np.ndarray:
     """Locality-aware orders, uint16 [n, L].
 
-    A group first takes cells near what is already generated (score of the 8 neighbours, 1 or 1 / sqrt 2 each, at
-    least `proximity_threshold`) by falling score, each farther than `repulsion_threshold` (Chebyshev, in cells)
-    from those the group has; the rest of it comes by farthest-point sampling. All ties are broken at random.
+    A group first takes cells near what is already generated (score: sum of 1 / distance over the generated
+    ones of the 8 neighbours; near: at least `proximity_threshold`) by falling score, each farther than
+    `repulsion_threshold` (Chebyshev, in cells) from those the group has; the rest comes by farthest-point
+    sampling. All ties are broken at random.
 
-    `proximity_threshold` >= 0 (infinite: never near); `repulsion_threshold` >= 0 (below 1: no repulsion).
-    Row i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0 or more, and 0..n-1 where None. Memory is the
-    result and a few MB. Raises ValueError for group sizes that do not start with 1 or do not sum to L, and for
-    thresholds out of range.
+    `proximity_threshold` >= 0 (infinite: never near); `repulsion_threshold` >= 0 (below 1: no repulsion);
+    `grid_size` up to LARGEST_LPD_GRID. Row i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0 or
+    more, by default 0..n-1. Memory is the result, a few MB and tables of 6 L**2 bytes. Raises ValueError for
+    group sizes that do not start with 1 or do not sum to L, and for anything else out of range.
     """
     num_tokens = _num_tokens(grid_size)
     group_sizes = check_group_sizes(group_sizes, num_tokens)
@@ -123,53 +135,54 @@ class _Rules(NamedTuple):
     """What the algorithm looks up, for one grid and one pair of thresholds."""
 
     grid_size: int
-    tie_bits: int  # low bits of a distance key, which break ties
-    nearness: np.ndarray  # uint32 [50]: neighbour code -> rank of its score in the top bits; 0 where not near
+    nearness: np.ndarray  # uint32 [50]: neighbour code -> rank of its score above the tie bits; 0 if not near
     apart: np.ndarray  # uint32 [L, L]: all ones where two cells may share a group, else 0
-    distance: np.ndarray  # uint32 [L, L]: squared distance of two cells, above the tie bits
+    distance: np.ndarray  # uint16 [L, L]: squared distance of two cells
+    unreached: int  # a squared distance above all on the grid: that of a cell from an empty group
 
 
 @functools.lru_cache(maxsize=4)
 def _rules(grid_size: int, proximity_threshold: float, repulsion_threshold: float) -> _Rules:
+    if grid_size > LARGEST_LPD_GRID:
+        raise ValueError(f"grid size must be {LARGEST_LPD_GRID} or less for lpd orders, not {grid_size}")
     for name, value in (("proximity", proximity_threshold), ("repulsion", repulsion_threshold)):
         if not value >= 0:
             raise ValueError(f"{name} threshold must be 0 or more, not {value}")
     score = np.array([code // ORTHOGONAL + code % ORTHOGONAL * math.sqrt(0.5) for code in range(OCCUPIED)])
-    rank = 1 + score.argsort().argsort()  # two different codes never have equal scores: sqrt 2 is irrational
+    rank = 1 + score.argsort().argsort()  # no two codes have the same score: sqrt 2 is irrational
     nearness = np.zeros(2 * OCCUPIED, np.uint32)
-    nearness[:OCCUPIED] = np.where(score >= proximity_threshold, rank << NEAR_TIE_BITS, 0)
+    nearness[:OCCUPIED] = np.where(score >= proximity_threshold, rank << SCORE_TIE_BITS, 0)
 
-    y, x = np.divmod(np.arange(grid_size**2), grid_size)
+    y, x = np.divmod(np.arange(grid_size**2, dtype=np.int16), np.int16(grid_size))
     dy, dx = np.abs(y[:, None] - y), np.abs(x[:, None] - x)  # [L, L]
-    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, 2**32 - 1, 0).astype(np.uint32)
-    tie_bits = 32 - _unreached(grid_size).bit_length()
-    return _Rules(grid_size, tie_bits, nearness, apart, (dy**2 + dx**2 << tie_bits).astype(np.uint32))
-
-
-def _unreached(grid_size: int) -> int:
-    """The squared distance of a cell from an empty group: one more than the greatest on the grid."""
-    return 2 * (grid_size - 1) ** 2 + 1
+    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, EVERY_BIT, np.uint32(0))
+    distance = (dy * dy + dx * dx).astype(np.uint16)
+    return _Rules(grid_size, nearness, apart, distance, unreached=2 * (grid_size - 1) ** 2 + 1)
 
 
 def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.ndarray:
     """Orders uint16 [n, L] of the images whose hash keys are uint64 [n]: all grow together, group by group.
 
-    The first group needs no rule of its own: with nothing generated no cell is near, and a farthest point from
-    nothing is a uniformly random cell.
+    The first group needs no rule of its own: where nothing is generated all cells tie, by score and by
+    distance.
     """
-    num_tokens = rules.grid_size**2
-    side = rules.grid_size + 2  # one empty cell all round, so that every cell has 8 neighbours
-    padded = (np.arange(num_tokens) // rules.grid_size + 1) * side + np.arange(num_tokens) % rules.grid_size + 1
+    num_tokens, side = rules.grid_size**2, rules.grid_size + 2
+    y, x = np.divmod(np.arange(num_tokens), rules.grid_size)
+    padded = (y + 1) * side + x + 1  # one empty cell all round, so that every cell has 8 neighbours
     occupied = np.zeros((len(keys), side * side), np.uint8)
     order = np.empty((len(keys), num_tokens), np.uint16)
     start = 0
     for group, size in enumerate(group_sizes):
-        bits = _random_bits(keys, group * num_tokens, num_tokens)
-        near = rules.nearness[_neighbour_codes(occupied, rules.grid_size)]  # [n, L]
-        near |= np.where(near > 0, bits.astype(np.uint32) >> np.uint32(SCORE_BITS), np.uint32(0))
+        bits = _random_bits(keys, group * num_tokens, num_tokens)  # low half: scores, high half: distances
+        codes = _neighbour_codes(occupied, rules.grid_size)
+        near = np.take(rules.nearness, codes, mode="clip")  # [n, L]
+        near |= bits.astype(np.uint32) >> np.uint32(32 - SCORE_TIE_BITS)
         picks, taken = _take_near(near, size, rules.apart)
-        free = occupied[:, padded] == 0
-        _take_farthest(picks, taken, free, bits, rules)
+        rows = np.argsort(taken, kind="stable")
+        rows = rows[: np.searchsorted(taken[rows], size)]
+        if len(rows):
+            tie = (bits[rows] >> np.uint64(32)).astype(np.uint32)
+            picks[rows] = _take_farthest(picks[rows], taken[rows], codes[rows] < OCCUPIED, tie, rules)
         occupied[np.arange(len(keys))[:, None], padded[picks]] = 1
         order[:, start : start + size] = picks
         start += size
@@ -177,80 +190,79 @@ def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.n
 
 
 def _neighbour_codes(occupied: np.ndarray, grid_size: int) -> np.ndarray:
-    """ORTHOGONAL x orthogonal + diagonal generated neighbours, + OCCUPIED where generated itself: uint8 [n, L]."""
+    """ORTHOGONAL x orthogonal + diagonal generated neighbours, + OCCUPIED if generated: uint8 [n, L]."""
     side = grid_size + 2
     flat = occupied.reshape(-1)
     codes = np.zeros_like(flat)
     inner = slice(side + 1, len(flat) - side - 1)
 
-    def shifted(dy, dx):
+    def moved(dy, dx):
         offset = dy * side + dx
         return flat[inner.start + offset : inner.stop + offset]
 
-    codes[inner] = shifted(0, -1) + shifted(0, 1) + shifted(-1, 0) + shifted(1, 0)
+    codes[inner] = moved(0, -1) + moved(0, 1) + moved(-1, 0) + moved(1, 0)
     codes[inner] *= ORTHOGONAL
-    codes[inner] += shifted(-1, -1) + shifted(-1, 1) + shifted(1, -1) + shifted(1, 1) + OCCUPIED * shifted(0, 0)
+    codes[inner] += moved(-1, -1) + moved(-1, 1) + moved(1, -1) + moved(1, 1) + OCCUPIED * moved(0, 0)
     return codes.reshape(-1, side, side)[:, 1:-1, 1:-1].reshape(len(occupied), -1)
 
 
 def _take_near(near: np.ndarray, size: int, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take up to `size` near cells an order, highest key first; each bars the cells around it. Changes `near`.
+    """Take up to `size` near cells of each order, highest key first; each bars the cells around it.
 
-    Returns the cells, int64 [n, size], and how many of each row are valid, int64 [n].
+    `near` uint32 [n, L] holds the keys, near from LEAST_NEAR up, and is changed. Returns the cells, int64
+    [n, size], and how many of each row are valid, int64 [n].
     """
     picks = np.zeros((len(near), size), np.int64)
     taken = np.zeros(len(near), np.int64)
     rows, allowed = np.arange(len(near)), np.empty_like(near)
     for i in range(size):
-        cell = near.argmax(axis=1)
-        found = near[rows, cell] > 0
+        if i:
+            near &= np.take(apart, picks[:, i - 1], axis=0, out=allowed, mode="clip")
+        picks[:, i] = near.argmax(axis=1)
+        found = near[rows, picks[:, i]] >= LEAST_NEAR
         if not found.any():
             break
-        picks[:, i] = cell
         taken += found
-        near &= np.take(apart, cell, axis=0, out=allowed, mode="clip")
     return picks, taken
 
 
-def _take_farthest(picks: np.ndarray, taken: np.ndarray, free: np.ndarray, bits: np.ndarray, rules: _Rules) -> None:
-    """Complete each row of `picks`, of which the first `taken` are valid, by farthest-point sampling, in place.
+def _take_farthest(
+    picks: np.ndarray, taken: np.ndarray, free: np.ndarray, tie: np.ndarray, rules: _Rules
+) -> np.ndarray:
+    """Complete `picks` int64 [n, size], of which the first `taken` [n] are valid, by farthest-point sampling.
 
-    A cell's key is its squared distance to the group, above random tie bits; generated cells have key 0. Rows are
-    sorted by `taken`, so that those which sample their i-th cell, and do not already have it, come first.
+    `taken` does not fall, so that the rows which sample their i-th cell come before those which have it.
     """
-    size = picks.shape[1]
-    rows = np.argsort(taken, kind="stable")
-    rows = rows[: np.searchsorted(taken[rows], size)]
-    if not len(rows):
-        return
-    cells, taken, free = picks[rows], taken[rows], free[rows]
-    tie = (bits[rows] >> np.uint64(64 - rules.tie_bits)).astype(np.uint32)
-    unreached = np.uint32(_unreached(rules.grid_size) << rules.tie_bits)
-    key, candidate = np.where(free, tie | unreached, np.uint32(0)), np.empty_like(tie)
-    for i in range(size):
-        sampling = np.searchsorted(taken, i, side="right")
-        cells[:sampling, i] = key[:sampling].argmax(axis=1)
-        np.take(rules.distance, cells[:, i], axis=0, out=candidate, mode="clip")
-        candidate |= tie
-        np.minimum(key, candidate, out=key)
-    picks[rows] = cells
+    tie_bits = 32 - rules.unreached.bit_length()
+    tie >>= np.uint32(32 - tie_bits)
+    distance = np.where(free, np.uint16(rules.unreached), np.uint16(0))  # [n, L], from the group
+    to_last, key = np.empty_like(distance), np.empty_like(tie)
+    for i in range(picks.shape[1]):
+        if i:
+            np.take(rules.distance, picks[:, i - 1], axis=0, out=to_last, mode="clip")
+            np.minimum(distance, to_last, out=distance)
+        sampling = slice(np.searchsorted(taken, i, side="right"))
+        np.left_shift(distance[sampling], tie_bits, out=key[sampling], dtype=np.uint32)
+        key[sampling] |= tie[sampling]
+        picks[sampling, i] = key[sampling].argmax(axis=1)
+    return picks
 
 
 @functools.lru_cache(maxsize=4)
 def _halton_visit(grid_size: int) -> np.ndarray:
-    """Raster positions int64 [L] in the order in which the Halton points (base 2 down, base 3 across) reach them."""
+    """Raster positions int64 [L] as the Halton points, base 2 down and base 3 across, first reach them."""
     num_tokens = grid_size**2
-    count = 8 * num_tokens
+    count = 8 * num_tokens  # mostly enough points to reach every cell
     while True:
-        cell = [np.minimum((_radical_inverse(count, base) * grid_size).astype(np.int64), grid_size - 1) for base in (2, 3)]
-        positions, first = np.unique(cell[0] * grid_size + cell[1], return_index=True)
+        y, x = ((_radical_inverse(count, base) * grid_size).astype(np.int64) for base in (2, 3))
+        positions, first = np.unique(y * grid_size + x, return_index=True)
         if len(positions) == num_tokens:
             return positions[first.argsort()]
         count *= 2
 
 
 def _radical_inverse(count: int, base: int) -> np.ndarray:
-    """The first `count` terms, from term 1, of the van der Corput sequence: float64 [count] in [0, 1)."""
+    """The first `count` terms, from term 1, of the van der Corput sequence: float64 [count] below 1."""
     index, scale, value = np.arange(1, count + 1), 1.0, np.zeros(count)
     while index.any():
         scale /= base
@@ -266,7 +278,7 @@ def _num_tokens(grid_size: int) -> int:
 
 
 def _chunks(n: int, num_tokens: int, seed: int, image_ids: np.ndarray | None):
-    """Yield slices of the n rows and the hash keys uint64 of their images, a bounded number of cells at a time."""
+    """Yield slices of the n rows and the hash keys, uint64, of their images: CELLS_PER_CHUNK cells each."""
     ids = np.arange(n) if image_ids is None else np.asarray(image_ids)
     if ids.shape != (n,):
         raise ValueError(f"image_ids must be {n} numbers, not of shape {ids.shape}")
@@ -280,11 +292,11 @@ def _chunks(n: int, num_tokens: int, seed: int, image_ids: np.ndarray | None):
         yield rows, keys[rows]
 
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: the counter step of splitmix64 (Steele 2014)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
 
 
 def _random_bits(keys: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Draws number `first` to `first + count - 1` of each key's splitmix64 stream: uint64 [len(keys), count]."""
+    """`count` draws, from number `first`, of each key's splitmix64 stream: uint64 [len(keys), count]."""
     return _mixed(keys[:, None] + np.arange(first + 1, first + 1 + count, dtype=np.uint64) * GOLDEN)
 
 

@@ -1,7 +1,7 @@
 """Order files: `.npy` uint16 [n, L] with its settings in `.meta.json` beside it, or the published `.json`.
 
-Knows the two formats and what a valid order is; does not know how orders are made. Nothing is half-written under
-a final name, and nothing read is believed before it is checked.
+Knows the two formats and what a valid order is; does not know how orders are made. Nothing is half-written
+under a final name, and nothing read is believed before it is checked.
 """
 
 import json
@@ -14,15 +14,19 @@ from typing import IO
 import numpy as np
 
 SUFFIXES = (".npy", ".json")
-LARGEST_LENGTH = 1 << 16  # positions are uint16
 ROWS_PER_CHECK = 4096
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def load_orders(path: str | os.PathLike, num_tokens: int, num_orders: int | None = None) -> np.ndarray:
-    """All orders of a `.npy` or published `.json` file, uint16 [n, num_tokens], each checked to be a permutation.
+    """All orders of a `.npy` or published `.json` file, uint16 [n, num_tokens], each checked: a permutation.
 
-    Raises ValueError, naming the file, the row and the numbers, for anything else, or for fewer than `num_orders`;
-    OSError where the file cannot be read. The size an `.npy` header claims is checked before memory is taken.
+    Raises ValueError, naming the file, the row and the numbers, for anything else, or for fewer than
+    `num_orders`; OSError where the file cannot be read. What an `.npy` header claims is checked before memory
+    is taken for it.
     """
     path = Path(path)
     check_suffix(path)
@@ -35,9 +39,9 @@ def load_orders(path: str | os.PathLike, num_tokens: int, num_orders: int | None
 
 
 def save_orders(path: str | os.PathLike, orders: np.ndarray, meta: Mapping) -> None:
-    """Write `orders` [n, L] to a `.npy` and its `meta` to `meta_path(path)`, or to a `.json` as a list of lists.
+    """Write `orders` [n, L] to a `.npy` and `meta` to `meta_path(path)`; or to a `.json` as a list of lists.
 
-    An existing file is replaced in one step, and a failure leaves it as it was and no temporary file behind.
+    An existing file is replaced in one step; a failure leaves it as it was, and no temporary file behind.
     """
     path = Path(path)
     check_suffix(path)
@@ -69,21 +73,18 @@ def _check_permutations(path: Path, orders: np.ndarray, first_row: int) -> None:
         return
     row = int(wrong.argmax())
     positions, counts = np.unique(orders[row], return_counts=True)
-    length = orders.shape[1]
-    where = f"{path}, row {first_row + row}: not a permutation of 0..{length - 1}"
-    for position, count in zip(positions.tolist(), counts.tolist()):
-        if not 0 <= position < length:
-            raise ValueError(f"{where}: it holds {position}")
-        if count > 1:
-            raise ValueError(f"{where}: position {position} is there {count} times")
+    last = orders.shape[1] - 1
+    outside = positions[(positions < 0) | (positions > last)]
+    repeated = positions[counts > 1]
+    what = f"it holds {outside[0]}" if len(outside) else f"position {repeated[0]} is there more than once"
+    raise ValueError(f"{path}, row {first_row + row}: not a permutation of 0..{last}: {what}")
 
 
 def _read_npy(path: Path, num_tokens: int) -> np.ndarray:
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read_header[version](file)
+            read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = read_header(file)
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is not an .npy file: {str(error).splitlines()[0]}") from error
         present = os.fstat(file.fileno()).st_size - file.tell()
@@ -129,9 +130,9 @@ def _checked_row(path: Path, row: object, number: int, num_tokens: int) -> np.nd
         raise ValueError(f"{where} a list of positions was expected, not {type(row).__name__}")
     if len(row) != num_tokens:
         raise ValueError(f"{where} {len(row)} positions, but an image has {num_tokens} tokens")
-    for position in row:
-        if type(position) is not int or not 0 <= position < num_tokens:
-            raise ValueError(f"{where} not a permutation of 0..{num_tokens - 1}: it holds {position!r:.40}")
+    if set(map(type, row)) != {int} or min(row) < 0 or max(row) >= num_tokens:
+        wrong = next(p for p in row if type(p) is not int or not 0 <= p < num_tokens)
+        raise ValueError(f"{where} not a permutation of 0..{num_tokens - 1}: it holds {wrong!r:.40}")
     return np.array(row, np.uint16)
 
 

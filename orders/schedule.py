@@ -1,16 +1,17 @@
 """Group sizes: how many tokens each decoding step generates, and which schedules training draws from.
 
-Knows counts only: no grid, no order, no model. `group_sizes` is always a plain tuple of ints that starts with 1
-and sums to the number of tokens L; its length G is the number of decoding steps.
+Knows counts only: no grid, no order, no model. `group_sizes` is always a plain tuple of ints that starts with
+1 and sums to the number of tokens L; its length G is the number of decoding steps.
 Source: Locality-aware Parallel Decoding, arXiv 2507.01957.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 TRAINING_STEPS_256 = (256, 128, 64, 32, 24, 20, 16, 12, 8)
 TRAINING_STEPS_1024 = (1024, 512, 256, 224, 192, 160, 128, 96, 80, 64, 56, 48, 40, 32)
-FEWEST_SCALED_STEPS = 4  # below this the 256 list, scaled to a small grid, would train on almost independent tokens
+FEWEST_SCALED_STEPS = 4  # fewer, on a small grid, would train on almost independent tokens
 
 
 def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
@@ -20,9 +21,9 @@ def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
     several tokens (the first group is always one token).
     """
     if num_tokens < 1 or not 1 <= steps <= num_tokens or (steps == 1 and num_tokens > 1):
-        raise ValueError(f"{steps} steps cannot generate {num_tokens} tokens: 2 steps at least, {num_tokens} at most")
+        raise ValueError(f"{steps} steps for {num_tokens} tokens: there must be 2 to {num_tokens} steps")
     angles = [math.pi * i / (2 * steps) for i in range(steps + 1)]
-    sizes = [max(1, round(num_tokens * (math.cos(a) - math.cos(b)))) for a, b in zip(angles, angles[1:])]
+    sizes = [max(1, round(num_tokens * (math.cos(a) - math.cos(b)))) for a, b in pairwise(angles)]
     sizes[0] = 1
     missing = num_tokens - sum(sizes)
     last = steps - 1
@@ -36,7 +37,10 @@ def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
 
 
 def check_group_sizes(group_sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-    """`group_sizes` as a tuple of ints; ValueError unless it starts with 1, is positive and sums to `num_tokens`."""
+    """`group_sizes` as a tuple of ints.
+
+    Raises ValueError unless they start with 1, are all 1 or more, and sum to `num_tokens`.
+    """
     sizes = tuple(int(size) for size in group_sizes)
     if not sizes:
         raise ValueError(f"group sizes are empty, but must sum to {num_tokens}")
@@ -53,8 +57,8 @@ def check_group_sizes(group_sizes: Sequence[int], num_tokens: int) -> tuple[int,
 def training_steps(num_tokens: int) -> tuple[int, ...]:
     """The step counts training draws from, falling: the published lists for 256 and 1024 tokens, else scaled.
 
-    For another L the list of 256 is scaled by L / 256, rounded, and kept where it has 4 steps or more; L itself
-    (one token at a time) is always in it.
+    For another L the list of 256 is scaled by L / 256 and rounded, and those of 4 steps or more are kept; L
+    itself (one token at a time) is always in it.
     """
     if num_tokens < 1:
         raise ValueError(f"the number of tokens must be 1 or more, not {num_tokens}")
