@@ -6,6 +6,7 @@ models: every program reads the folder as it would read any other.
 
 import argparse
 import gzip
+import math
 import shutil
 import sys
 import tempfile
@@ -34,7 +35,7 @@ class DataError(Exception):
 
 
 def read_idx(path, ndim):
-    """Read a gzipped idx file of unsigned bytes: uint8 array of `ndim` dimensions. DataError if it is not one."""
+    """Read a gzipped idx file of unsigned bytes: uint8 array of `ndim` dimensions, or DataError."""
     try:
         with gzip.open(path) as f:
             data = f.read()
@@ -44,8 +45,9 @@ def read_idx(path, ndim):
     if len(data) < header or data[:4] != bytes((0, 0, 8, ndim)):
         raise DataError(f"{path}: not an idx file of unsigned bytes in {ndim} dimensions")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, offset=4))
-    if len(data) - header != np.prod(shape, dtype=np.int64):
-        raise DataError(f"{path}: {len(data) - header} bytes of data, its header {shape} says {np.prod(shape)}")
+    found, expected = len(data) - header, math.prod(shape)
+    if found != expected:
+        raise DataError(f"{path}: {found} bytes of data, but its header {shape} says {expected}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -65,7 +67,7 @@ def write_split(images, labels, folder):
     if folder.exists():
         found = sum(1 for _ in folder.glob("*/*.png"))
         if found != len(images):
-            raise DataError(f"{folder}: holds {found} images instead of {len(images)}: remove it and run again")
+            raise DataError(f"{folder}: {found} images instead of {len(images)}: remove it and run again")
         print(f"{folder}: {found} images are there already, left as they are")
         return
     partial = folder.with_name(folder.name + ".partial")
@@ -102,8 +104,8 @@ def download(folder):
 def main(argv=None):
     """Command line: see `--help`. Exit status 1 with one line on stderr when it fails."""
     parser = argparse.ArgumentParser(description="Fashion-MNIST as a folder of 32x32 grey PNGs.")
-    parser.add_argument("output", type=Path, metavar="DIR", help="writes DIR/train/<class>/*.png and DIR/val/...")
-    parser.add_argument("--source", type=Path, help="folder of the four idx .gz files (default: Debian's, else download)")
+    parser.add_argument("output", type=Path, metavar="DIR", help="writes DIR/train/<class>/*.png, DIR/val/...")
+    parser.add_argument("--source", type=Path, help="the four idx .gz files (default: Debian's, else download)")
     args = parser.parse_args(argv)
     try:
         if args.source or all((DEBIAN_FOLDER / name).is_file() for name in FILES):
