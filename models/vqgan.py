@@ -217,3 +217,15 @@ class VQModel(nn.Module):
         if side * side != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens make no square image")
         return self.decode_codes(self.quantize(tokens.unflatten(1, (side, side))))
+
+    def forward(self, pixels):
+        """One pass of training, the gradient going straight through the quantisation.
+
+        Returns:
+            reconstruction [B, 3, H, W]; latents [B, h, w, e]; their codes [B, h, w, e]; tokens [B, h, w].
+        """
+        latents = self.latents(pixels).float()
+        tokens = self.quantize.nearest(latents.detach())
+        codes = self.quantize(tokens)
+        through = latents + (codes - latents).detach()
+        return self.decode_codes(through), latents, codes, tokens

@@ -1,0 +1,1 @@
+"""Training, generation, evaluation: what the programs at the root call."""

@@ -1,0 +1,163 @@
+"""Weights and training state on disk: ours and the released ones.
+
+Knows `.pth` and `.safetensors` files, how to read them without running code, and how to build a model from
+what is in them. Does not know when to save.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from models.lpd import LPD, LPD_CONFIGS, LPDConfig, resize_pos_embed
+from models.vqgan import VQConfig, VQModel
+from util.files import atomic
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values as `.pth`, atomically."""
+    with atomic(path) as partial:
+        torch.save(checkpoint, partial)
+
+
+def load_checkpoint(path):
+    """Read a `.pth` file's dict on the CPU. Nothing in the file is run: `weights_only`, and of classes only
+    `argparse.Namespace`, which the released checkpoints hold.
+
+    Raises:
+        ValueError: cut short, no checkpoint, or one that holds code.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: refused, not plain weights ({reason})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cut short or no checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint
+
+
+def save_weights(path, model, **info):
+    """Write a model's weights as `.safetensors`, with its config and any JSON-able `info` in the header."""
+    info["config"] = dataclasses.asdict(model.config)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(path) as partial:
+        save_file(state, partial, metadata={"lpd": json.dumps(info)})
+
+
+def read_weights(path):
+    """Weights of a `.safetensors` or `.pth`/`.pt` file, and what the file says of them.
+
+    Of a training checkpoint the moving average is taken where there is one.
+
+    Returns:
+        (state dict, info dict); info is empty for a released file.
+    """
+    if Path(path).suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                info = json.loads((file.metadata() or {}).get("lpd", "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path}: cut short or no safetensors file ({error})") from None
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.get("ema") or checkpoint.get("model") or checkpoint
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no weights under 'model'")
+    return state, checkpoint.get("info", {})
+
+
+def load_state(model, state, path):
+    """`load_state_dict(strict=True)` whose error is one line naming the file.
+
+    Raises:
+        ValueError: keys or shapes differ.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        first = (missing or unknown)[0]
+        raise ValueError(f"{path}: {len(missing)} weights missing, {len(unknown)} unknown, first {first}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {list(state[name].shape)}, the model {list(tensor.shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def load_tokenizer(path):
+    """A `VQModel` in eval mode from its weights; without a config in the file it must be VQ-16."""
+    state, info = read_weights(path)
+    model = VQModel(VQConfig(**info.get("config", {})))
+    load_state(model, state, path)
+    return model.eval().requires_grad_(False)
+
+
+def lpd_config_of(state, info, path, model_name=None):
+    """The config of LPD weights: the file's own, else the named size with what the shapes tell.
+
+    Raises:
+        ValueError: the file has no config and no size is named, or the file's size is not the named one.
+    """
+    for name in ("class_emb.weight", "token_emb.weight", "pos_embed"):
+        if name not in state:
+            raise ValueError(f"{path}: no LPD weights: {name} is missing")
+    if "config" in info:
+        return LPDConfig(**info["config"])
+    if model_name is None:
+        raise ValueError(f"{path} does not say its size: give --model")
+    config = dataclasses.replace(
+        LPD_CONFIGS[model_name],
+        grid_size=int((state["pos_embed"].shape[1] - 1) ** 0.5),
+        vocab_size=state["token_emb.weight"].shape[0],
+        num_classes=state["class_emb.weight"].shape[0],
+    )
+    width = state["pos_embed"].shape[2]
+    if width != config.embed_dim:
+        raise ValueError(f"{path} has width {width}, --model {model_name} has {config.embed_dim}")
+    return config
+
+
+def load_lpd(path, model_name=None):
+    """An `LPD` in eval mode from its weights, and what the file says of them.
+
+    Args:
+        path: `.safetensors` or `.pth`, ours or released.
+        model_name: key of LPD_CONFIGS, for files that do not hold their config.
+    Returns:
+        (model, info dict)
+    """
+    state, info = read_weights(path)
+    with torch.device("meta"):  # no time for random weights that are overwritten at once
+        model = LPD(lpd_config_of(state, info, path, model_name))
+    model = model.to_empty(device="cpu")
+    load_state(model, state, path)
+    return model.eval(), info
+
+
+def start_from(model, path):
+    """Put weights from a file into a new model; position embeddings are resized to its grid (256 to 512 px)."""
+    state, _ = read_weights(path)
+    if "pos_embed" not in state:
+        raise ValueError(f"{path}: no LPD weights: pos_embed is missing")
+    state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
+    load_state(model, state, path)
+
+
+def state_digest(model):
+    """16 hex digits that name a model's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

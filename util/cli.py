@@ -1,0 +1,136 @@
+"""Flags and error rules shared by the command-line programs.
+
+Knows argparse, exit statuses and what can be checked before anything slow starts. Does not know what the
+programs do. Exit status 2: wrong usage (flags or the files they name); 1: failure while running.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """The user's mistake: told in one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that tells mistakes in one line and shows defaults in its help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def number(kind, least=None, most=None):
+    """An argparse type: an int or float within [least, most]; a bound may be None."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        low = least is not None and not value >= least  # `not >=` refuses nan too
+        high = most is not None and not value <= most
+        if low or high:
+            bounds = f"at least {least}" if most is None else f"in {least}..{most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+def add_device_flags(parser):
+    """--device and --num_workers."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
+    parser.add_argument("--num_workers", type=number(int, 0), default=4, help="processes that read images")
+
+
+def add_tokenizer_flags(parser):
+    """--vqgan_path and what may be said of a tokenizer whose file has no config."""
+    parser.add_argument("--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors)")
+    parser.add_argument(
+        "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's own"
+    )
+    parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's own")
+
+
+def add_generation_flags(parser):
+    """How images are decoded: schedule, order, guidance, draws."""
+    g = parser.add_argument_group("generation")
+    g.add_argument("--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256")
+    g.add_argument("--group_sizes", type=int, nargs="+", help="tokens of each step, in place of --generation_steps")
+    g.add_argument("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="made when no file")
+    g.add_argument("--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json")
+    g.add_argument("--proximity_threshold", type=number(float, 0), default=1.0)
+    g.add_argument("--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid")
+    g.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1 is no guidance")
+    g.add_argument("--cfg_schedule", default="linear", choices=["linear", "constant"])
+    g.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
+    g.add_argument("--top_k", type=number(int, 0), default=0, help="0 keeps all")
+    g.add_argument("--top_p", type=number(float, 0, 1), default=1.0)
+
+
+def existing_file(flag, path):
+    """The path, if it is a readable file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{flag}: no such file: {path}")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"{flag}: file cannot be read: {path}")
+    return path
+
+
+def existing_folder(flag, path):
+    """The path, if it is a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"{flag}: no such folder: {path}")
+    return path
+
+
+def required(args, *names):
+    """Refuse when one of these flags was not given."""
+    for name in names:
+        if getattr(args, name) in (None, ""):
+            raise UsageError(f"--{name} is needed")
+
+
+def writable_folder(flag, path):
+    """The path, if files can be written there. Nothing is made: the nearest existing parent is looked at."""
+    path = Path(path)
+    nearest = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{flag}: {nearest} is not a folder")
+    probe = nearest / f".lpd-probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
+    return path
+
+
+@contextmanager
+def checking():
+    """Inside it a ValueError or OSError is about what the user gave: told in one line, exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+
+
+def run(main):
+    """Run a program's `main()`; end the process with the exit status of its errors, without a traceback
+    for a user's mistake or a failing disk."""
+    try:
+        main()
+    except (UsageError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

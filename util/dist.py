@@ -1,0 +1,94 @@
+"""Processes and devices. The one place that chooses a device.
+
+Knows torchrun's environment, process groups and device names. Does not know what is computed. Everything
+works alike for one process without torchrun.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def choose_device(name="auto", local_rank=0):
+    """A torch device by its name; auto takes a GPU where there is one.
+
+    Raises:
+        ValueError: the named device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA GPU is available here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: no such GPU is available here")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, mps")
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are here")
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
+
+
+def init(device_name="auto"):
+    """Join the processes that torchrun started (or be the only one) and choose the device."""
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def finish():
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier():
+    """Wait for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value):
+    """The list of every process's value, by rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def synchronize(device):
+    """Wait until the device has done its work (for timing)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,30 @@
+"""Files that are whole or not there.
+
+Knows temporary names and renames. Does not know what is written.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path`; renamed to it when the block ends well, removed when not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,58 @@
+"""The log of a run: `metrics.jsonl` first, TensorBoard and wandb as optional listeners.
+
+Knows numbers by name and step. Does not know what they mean.
+"""
+
+import json
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends one JSON line per call to FOLDER/metrics.jsonl and passes it on to the listeners.
+
+    A run that is resumed from step n drops the lines behind n that an earlier, killed run had written.
+    """
+
+    def __init__(self, folder, *, resume_step=0, listeners=()):
+        self.path = Path(folder) / "metrics.jsonl"
+        self.listeners = listeners
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= resume_step]
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self.path)
+
+    def write(self, step, **values):
+        """Log floats and strings at a step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for listener in self.listeners:
+            listener(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
+
+
+def _step(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut short by a kill
+
+
+def read_metrics(folder):
+    """The lines of FOLDER/metrics.jsonl as a list of dicts."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensorboard_listener(folder):
+    """A listener that writes TensorBoard events (needs the package tensorboard)."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+    return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+
+
+def wandb_listener(project, name, config):
+    """A listener that logs to Weights & Biases (needs the package wandb)."""
+    import wandb
+
+    run = wandb.init(project=project, name=name, config=config)
+    return lambda step, values: run.log(values, step=step)

@@ -1,0 +1,81 @@
+"""Pictures for people: grids, films, plots.
+
+Knows uint8 images [n, H, W, 3] and numbers. Does not know models or files of data.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from util.files import atomic
+
+
+def save_png(path, pixels):
+    """Write one uint8 [H, W, 3] image."""
+    with atomic(path) as partial:
+        Image.fromarray(np.asarray(pixels)).save(partial, format="PNG")
+
+
+def grid(images, columns, *, scale=1, gap=2):
+    """Images [n, H, W, 3] in rows of `columns`, each pixel `scale` times as large, on white."""
+    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def labelled_rows(images, row_labels, *, scale=1, title=None):
+    """A sheet of images [rows * columns, H, W, 3], each row with its text on the left."""
+    rows = len(row_labels)
+    sheet = grid(images, len(images) // rows, scale=scale)
+    font = ImageFont.load_default(max(11, min(20, sheet.shape[0] // rows // 3)))
+    margin = 12 + int(max(font.getlength(text) for text in row_labels))
+    head = 2 * font.size if title else 0
+    canvas = Image.new("RGB", (margin + sheet.shape[1], head + sheet.shape[0]), "white")
+    canvas.paste(Image.fromarray(sheet), (margin, head))
+    draw = ImageDraw.Draw(canvas)
+    for row, text in enumerate(row_labels):
+        draw.text((6, head + (row + 0.5) * sheet.shape[0] / rows), text, "black", font, anchor="lm")
+    if title:
+        draw.text((margin, font.size), title, "black", font, anchor="lm")
+    return np.asarray(canvas)
+
+
+def side_by_side(sheets, *, gap=24):
+    """Sheets of about one height, left to right on white."""
+    height = max(sheet.shape[0] for sheet in sheets)
+    padded = [
+        np.pad(s, ((0, height - s.shape[0]), (0, gap), (0, 0)), constant_values=255) for s in sheets
+    ]
+    return np.concatenate(padded, axis=1)
+
+
+def save_film(path, frames, *, seconds=0.15, last=2.0):
+    """Write frames (uint8 [H, W, 3] each) as an endless GIF; the last one stays for `last` seconds."""
+    frames = [Image.fromarray(np.asarray(frame)).quantize(128) for frame in frames]
+    durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(1000 * last)]
+    with atomic(path) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
+
+
+def save_curves(path, curves, *, xlabel, ylabel):
+    """Plot curves, a dict of name -> (xs, ys)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for name, (xs, ys) in curves.items():
+        axes.plot(xs, ys, label=name, linewidth=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
