@@ -8,37 +8,44 @@ says what share is recognised as the class of its folder. Knows grey images of o
 nothing of tokens, of models that generate, or of how the images came about.
 """
 
-import argparse
 import json
-import math
-import os
 import platform
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a program outside the repo's root
+
+from engine.checkpoint import load_state, read_weights, save_weights
+from util import cli
+from util.files import atomic
+from util.images import UnreadableImage, list_images, load_image
 
 
-class UserError(Exception):
-    """A mistake of the user's, told in one line."""
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Grey images of `img_size` pixels (a multiple of 8); `width` channels, in the end 4 `width`."""
+
+    class_names: tuple[str, ...]
+    img_size: int = 32
+    width: int = 32
 
 
 class Classifier(nn.Module):
-    """Grey images [B, 1, S, S] with values in [0, 1] -> logits [B, num_classes]. S is a multiple of 8."""
+    """Grey images [B, 1, S, S] with values in [0, 1] -> logits [B, number of classes]."""
 
-    def __init__(self, num_classes, width=32):
+    def __init__(self, config):
         super().__init__()
+        self.config = config
+        width = config.width
 
         def conv(c_in, c_out):
             return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
@@ -48,44 +55,32 @@ class Classifier(nn.Module):
             *conv(width, 2 * width), *conv(2 * width, 2 * width), nn.MaxPool2d(2),
             *conv(2 * width, 4 * width), *conv(4 * width, 4 * width), nn.MaxPool2d(2),
         )  # fmt: skip
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = nn.Linear(4 * width, len(config.class_names))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         x = self.features(2 * x - 1)  # [B, 4 width, S/8, S/8]
-        return self.head(x.amax(dim=(2, 3)))  # [B, num_classes]
+        return self.head(x.amax(dim=(2, 3)))  # [B, number of classes]
 
 
-def read_folder(folder, class_names=None, image_size=None):
-    """Read every image of `folder`/<class>/ as grey: uint8 [N, 1, S, S], labels [N], class names.
+def read_folder(flag, path, img_size, class_names=None):
+    """Read all images below `path`/<class>/ as grey, cropped as everywhere in LPD.
 
-    `class_names` fixes the numbering (the default is the sorted names of the sub-folders), `image_size` the
-    size (the default is that of the first image). UserError names what does not fit.
+    Returns: uint8 [N, 1, S, S], labels [N], class names. `class_names` gives the numbering; by default it is
+    the sorted folder names. Raises UsageError naming a folder or image that does not fit.
     """
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    class_names = class_names or found
-    if unknown := [name for name in found if name not in class_names]:
-        raise UserError(f"{folder}: folder {unknown[0]} is not one of the classes {', '.join(class_names)}")
-    files = [
-        (path, class_names.index(name))
-        for name in found
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise UserError(f"{folder}: no images in sub-folders named after their classes")
-    images = []
-    for path, _ in tqdm(files, desc=f"reading {folder}", unit="img", mininterval=1, leave=False):
-        try:
-            image = np.asarray(Image.open(path).convert("L"))
-        except (UnidentifiedImageError, OSError) as e:
-            raise UserError(f"{path}: {e}") from e
-        image_size = image_size or len(image)
-        if image.shape != (image_size, image_size):
-            width, height = image.shape[::-1]
-            raise UserError(f"{path}: {width}x{height} pixels, not {image_size}x{image_size}")
-        images.append(image)
-    labels = torch.tensor([label for _, label in files])
-    return torch.from_numpy(np.stack(images))[:, None], labels, class_names
+    folder = list_images(cli.existing_folder(flag, path))
+    class_names = class_names or folder.class_names
+    if unknown := [name for name in folder.class_names if name not in class_names]:
+        raise cli.UsageError(f"{flag}: {path}/{unknown[0]} is none of the classes {', '.join(class_names)}")
+    number = np.array([class_names.index(name) for name in folder.class_names])
+    images = np.empty((len(folder), 1, img_size, img_size), np.uint8)
+    try:
+        for i, name in enumerate(tqdm(folder.names, desc=f"reading {path}", mininterval=1, leave=False)):
+            images[i, 0] = load_image(folder.root / name, img_size).mean(axis=2)
+    except UnreadableImage as error:
+        raise cli.UsageError(error) from None
+    return torch.from_numpy(images), torch.from_numpy(number[folder.labels]), class_names
 
 
 def to_input(images):
@@ -103,6 +98,7 @@ def predict(model, images, batch_size=500):
 def fit(model, images, labels, *, epochs, batch_size=128, peak_lr=4e-3, seed=0):
     """Train in place: AdamW, one-cycle rate, random mirroring, label smoothing of 0.05."""
     generator = torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size  # an epoch leaves out what does not fill a batch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=epochs * steps)
@@ -133,7 +129,7 @@ def scores(predictions, labels, class_names):
         per_class[name] = {"n": n, "recognised": hits / n if n else None}
     return {
         "n": len(labels),
-        "recognised": float((predictions == labels).float().mean()),
+        "recognised": int((predictions == labels).sum()) / len(labels),
         "per_class": per_class,
         "confusion": confusion.tolist(),
     }
@@ -151,46 +147,28 @@ def show(result):
 
 
 def check_free(flag, path, overwrite):
-    """Refuse to overwrite `path` unless asked, and make its folder, before anything slow starts."""
+    """Refuse to overwrite `path` unless asked, before anything slow starts."""
     if path.exists() and not overwrite:
-        raise UserError(f"{flag} {path} exists: give --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: its folder is not writable")
+        raise cli.UsageError(f"{flag}: {path} exists; --overwrite replaces it")
+    cli.writable_folder(flag, path.parent)
 
 
-def replace_with(path, write):
-    """Let `write(temporary path)` make the file, then give it its name: never half a file under `path`."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
-
-
-def write_json(path, result):
-    """Store a result; a matrix has one row per line."""
+def write_result(path, result):
+    """Store a result as JSON; its confusion matrix has one row per line."""
     text = json.dumps({**result, "confusion": "ROWS"}, indent=2)
     rows = ",\n".join(f"    {row}" for row in result["confusion"])
-    replace_with(path, lambda partial: partial.write_text(text.replace('"ROWS"', f"[\n{rows}\n  ]") + "\n"))
+    with atomic(path) as partial:
+        partial.write_text(text.replace('"ROWS"', f"[\n{rows}\n  ]") + "\n")
 
 
-def save(model, path, **about):
-    """Store the weights, with what must be known to use them, as safetensors."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    metadata = {"classifier": json.dumps(about)}
-    replace_with(path, lambda partial: save_file(state, partial, metadata))
-
-
-def load(path):
-    """The model that `save` stored, and what was stored about it. UserError if it is no such file."""
-    try:
-        with safe_open(path, "pt") as f:
-            about = json.loads((f.metadata() or {})["classifier"])
-            state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, KeyError) as e:
-        raise UserError(f"--weights {path}: not the weights of a classifier: {e}") from e
-    model = Classifier(len(about["class_names"])).to(memory_format=torch.channels_last)
-    model.load_state_dict(state)
-    return model, about
+def load_classifier(path):
+    """The model that `train` stored, and what was stored about it. ValueError where it is no such file."""
+    state, info = read_weights(cli.existing_file("--weights", path))
+    if "class_names" not in info.get("config", {}):
+        raise ValueError(f"--weights: {path} holds no classifier")
+    model = Classifier(ClassifierConfig(**info["config"]))
+    load_state(model, state, path)
+    return model, info
 
 
 def train(args):
@@ -198,23 +176,22 @@ def train(args):
     check_free("--output", args.output, args.overwrite)
     if args.report:
         check_free("--report", args.report, args.overwrite)
-    images, labels, class_names = read_folder(args.data_path / "train")
-    size = images.shape[-1]
-    if size % 8:
-        raise UserError(f"--data_path {args.data_path}: images of {size} pixels; this needs a multiple of 8")
-    val_images, val_labels, _ = read_folder(args.data_path / "val", class_names, size)
+    if args.img_size % 8:
+        raise cli.UsageError(f"--img_size {args.img_size} is no multiple of 8")
+    with cli.checking():
+        size, path = args.img_size, args.data_path
+        images, labels, names = read_folder("--data_path", path / "train", size)
+        held_out, held_out_labels, _ = read_folder("--data_path", path / "val", size, names)
     torch.manual_seed(args.seed)
-    model = Classifier(len(class_names)).to(memory_format=torch.channels_last)
+    model = Classifier(ClassifierConfig(names, size))
     start = time.perf_counter()
     fit(model, images, labels, epochs=args.epochs, seed=args.seed)
     seconds = time.perf_counter() - start
-    result = scores(predict(model, val_images), val_labels, class_names)
-    if not math.isfinite(sum(p.sum().item() for p in model.parameters())):
-        raise RuntimeError("training diverged: the weights are not finite")
+    result = scores(predict(model, held_out), held_out_labels, names)
     accuracy = result["recognised"]
-    save(model, args.output, class_names=class_names, image_size=size, accuracy=accuracy, epochs=args.epochs)
+    save_weights(args.output, model, accuracy=accuracy, epochs=args.epochs)
     show(result)
-    print(f"accuracy on the real images of {args.data_path / 'val'}: {100 * accuracy:.2f} % ({seconds:.0f} s)")
+    print(f"accuracy on the real images of {path}/val: {100 * accuracy:.2f} % ({seconds:.0f} s)")
     if args.report:
         about = {
             "command": shlex.join(["python", "benchmarks/classifier.py", *sys.argv[1:]]),
@@ -227,26 +204,28 @@ def train(args):
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }
-        write_json(args.report, {**about, **result})
+        write_result(args.report, {**about, **result})
 
 
 def check(args):
     """The command `check`: what share of a folder of images is recognised."""
     if args.output:
         check_free("--output", args.output, args.overwrite)
-    model, about = load(args.weights)
-    images, labels, class_names = read_folder(args.images, about["class_names"], about["image_size"])
-    result = scores(predict(model, images), labels, class_names)
+    with cli.checking():
+        model, info = load_classifier(args.weights)
+        config = model.config
+        images, labels, names = read_folder("--images", args.images, config.img_size, config.class_names)
+    result = scores(predict(model, images), labels, names)
     show(result)
-    print(f"(on real held-out images this classifier reaches {100 * about['accuracy']:.2f} %)")
+    print(f"(on real held-out images this classifier reaches {100 * info['accuracy']:.2f} %)")
     if args.output:
-        about = {"images": str(args.images), "classifier_accuracy": about["accuracy"]}
-        write_json(args.output, {**about, **result})
+        about = {"images": str(args.images), "classifier_accuracy": info["accuracy"]}
+        write_result(args.output, {**about, **result})
 
 
 def main(argv=None):
-    """Command line: see `--help`. Exit status 1, with one line on stderr, when it fails."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Command line: see `--help`."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="train|check")
 
     command = commands.add_parser("train", help="fit the classifier on real images")
@@ -254,8 +233,9 @@ def main(argv=None):
     command.add_argument("--data_path", type=Path, required=True, help="has train/<class>/ and val/<class>/")
     command.add_argument("--output", type=Path, required=True, help="the weights, .safetensors")
     command.add_argument("--report", type=Path, help="JSON of the accuracy and how it came about")
-    command.add_argument("--epochs", type=int, default=4)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--img_size", type=cli.number(int, 8), default=32)
+    command.add_argument("--epochs", type=cli.number(int, 1), default=4)
+    command.add_argument("--seed", type=cli.number(int, 0), default=0)
     command.add_argument("--overwrite", action="store_true", help="replace existing files")
 
     command = commands.add_parser("check", help="classify a folder of generated images")
@@ -266,11 +246,8 @@ def main(argv=None):
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (UserError, OSError) as e:
-        sys.exit(f"error: {e}")
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

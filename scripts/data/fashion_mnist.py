@@ -104,8 +104,8 @@ def download(folder):
 def main(argv=None):
     """Command line: see `--help`. Exit status 1 with one line on stderr when it fails."""
     parser = argparse.ArgumentParser(description="Fashion-MNIST as a folder of 32x32 grey PNGs.")
-    parser.add_argument("output", type=Path, metavar="DIR", help="writes DIR/train/<class>/*.png, DIR/val/...")
-    parser.add_argument("--source", type=Path, help="the four idx .gz files (default: Debian's, else download)")
+    parser.add_argument("output", type=Path, metavar="DIR", help="gets train/<class>/*.png and val/...")
+    parser.add_argument("--source", type=Path, help="has the idx .gz files; default: Debian's, else download")
     args = parser.parse_args(argv)
     try:
         if args.source or all((DEBIAN_FOLDER / name).is_file() for name in FILES):
