@@ -134,3 +134,11 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_tokenizer_flags(args, config):
+    """Refuse --vqgan_vocab_size or --vqgan_stride that differ from the tokenizer's own."""
+    for flag, own in (("vqgan_vocab_size", config.vocab_size), ("vqgan_stride", config.stride)):
+        given = getattr(args, flag)
+        if given is not None and given != own:
+            raise UsageError(f"--{flag} is {given}, the tokenizer {args.vqgan_path} has {own}")

@@ -1,0 +1,88 @@
+"""Logits -> token ids: guidance, temperature, top-k, top-p, and noise that belongs to an image.
+
+Knows logits, scales and counters. Does not call models. B images, n places, V codes.
+"""
+
+import torch
+
+MASK_32 = 0xFFFFFFFF
+
+
+def guidance_scales(cfg, schedule, start, size, num_tokens):
+    """Guidance scale of the slots start..start+size-1.
+
+    `constant`: cfg. `linear`: 1 + (cfg - 1) t / L at slot t of L (arXiv 2507.01957).
+
+    Returns:
+        list of floats.
+    """
+    if schedule == "constant":
+        return [cfg] * size
+    return [1 + (cfg - 1) * slot / num_tokens for slot in range(start, start + size)]
+
+
+def guide(cond, uncond, scales):
+    """Classifier-free guidance: uncond + s (cond - uncond); logits [B, n, V], scales [n]."""
+    return uncond + scales[:, None] * (cond - uncond)
+
+
+def _mix(x):
+    """A bijection of 32-bit words (held in int64) in which every input bit moves every output bit."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & MASK_32
+    x = (x ^ (x >> 15)) * 0x735A2D97 & MASK_32
+    return x ^ (x >> 15)
+
+
+def gumbel_noise(seed, image_ids, positions, vocab_size):
+    """Standard Gumbel noise that depends on (seed, image id, grid position, code) alone.
+
+    Counter-based: a hash of the four numbers, with no generator state, so an image's noise is the same in
+    any batch, on any process and on any device, and decoding never waits for a generator.
+
+    Args:
+        seed: int >= 0. image_ids: int64 [B] >= 0. positions: int64 [B, n].
+    Returns:
+        float32 [B, n, V].
+    """
+    key = _mix(torch.full_like(image_ids, seed & MASK_32))
+    for word in (seed >> 32, image_ids & MASK_32, image_ids >> 32):
+        key = _mix(key + 0x9E3779B9 ^ word)  # [B]
+    key = _mix(key[:, None] + 0x9E3779B9 ^ positions)  # [B, n]
+    codes = torch.arange(vocab_size, device=positions.device)
+    bits = _mix(_mix(key[..., None] ^ (codes * 0x9E3779B1 & MASK_32)) + key[..., None] & MASK_32)  # [B, n, V]
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
+    return -(-uniform.log()).log()
+
+
+def keep_top_k(logits, k):
+    """Logits [..., V] with all but the k largest at -inf. k = 0 keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    least = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def keep_top_p(logits, p):
+    """Logits [..., V] with all at -inf but the likeliest codes whose probability together first reaches p."""
+    if p >= 1:
+        return logits
+    ranked, index = logits.sort(dim=-1, descending=True)
+    probability = ranked.softmax(dim=-1)
+    before = probability.cumsum(dim=-1) - probability  # of the codes ranked above
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= max(p, 1e-12))
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def sample(logits, noise, *, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw ids from softmax(logits / temperature), cut to top-k and top-p, as an argmax with Gumbel noise.
+
+    Args:
+        logits: float32 [B, n, V]. noise: float32 of that shape, or None when it does not matter.
+        temperature: 0 takes the likeliest code.
+    Returns:
+        int64 [B, n].
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    return (logits + noise).argmax(dim=-1)

@@ -1,0 +1,249 @@
+"""The token cache: the tokens of a folder of images, on disk.
+
+Knows its format and the MAR-style folder of one `.npz` per image. Does not know pixels or models.
+
+    meta.json                   only when the cache is complete
+    plan.json                   what the cache is to hold, from the first moment on
+    shard-00003.tokens.npy      uint16 [N, 2, L]: the image, the mirrored image
+    shard-00003.labels.npy      int32 [N]
+    shard-00003.names.json      relative image names [N]
+
+Image i of the sorted folder belongs to shard i // shard_size. `labels` is written last and marks its shard
+complete; every file has its final name only when it is whole. Names are never used as paths.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from util.files import atomic, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """What a token cache holds. `unreadable` names images left out because the user allowed it."""
+
+    img_size: int
+    grid_size: int
+    vocab_size: int
+    class_names: tuple[str, ...]
+    tokenizer_digest: str
+    num_images: int
+    shard_size: int
+    names_digest: str
+    unreadable: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    @property
+    def num_tokens(self):
+        """L, tokens of an image."""
+        return self.grid_size**2
+
+    @property
+    def num_shards(self):
+        return -(-self.num_images // self.shard_size)
+
+    def as_json(self):
+        """A dict of plain values, as written to disk."""
+        lists = {"class_names": list(self.class_names), "unreadable": list(self.unreadable)}
+        return {"format": self.format, **self.__dict__, **lists}
+
+    @staticmethod
+    def read(path):
+        """Read `meta.json` or `plan.json`.
+
+        Raises:
+            ValueError: not JSON, another format, or fields missing or unknown.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            meta = CacheMeta(**{**values, "class_names": tuple(values["class_names"]),
+                                "unreadable": tuple(values["unreadable"])})  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no token cache description ({error})") from None
+        if meta.format != FORMAT:
+            raise ValueError(f"{path}: token cache of format {meta.format}, this program reads {FORMAT}")
+        return meta
+
+
+def names_digest(names):
+    """16 hex digits that name a list of image names."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+class CacheWriter:
+    """Writes a token cache shard by shard; goes on where an earlier run was killed.
+
+    Raises:
+        ValueError: the folder holds a cache of something else.
+    """
+
+    def __init__(self, folder, meta):
+        self.folder, self.meta = Path(folder), meta
+        for name in ("meta.json", "plan.json"):
+            if (self.folder / name).exists():
+                self._check_same(self.folder / name)
+
+    def _check_same(self, path):
+        old, new = CacheMeta.read(path).as_json(), self.meta.as_json()
+        changed = [k for k in new if k != "unreadable" and old[k] != new[k]]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{self.folder} holds a token cache whose {key} is {str(old[key])[:60]}, now it would be "
+                f"{str(new[key])[:60]}: give another --cached_path"
+            )
+
+    @property
+    def complete(self):
+        return (self.folder / "meta.json").exists()
+
+    def begin(self):
+        """Make the folder and write down the plan."""
+        write_json(self.folder / "plan.json", self.meta.as_json())
+
+    def missing_shards(self):
+        """Numbers of the shards that are not complete."""
+        return [s for s in range(self.meta.num_shards) if not _shard_file(self.folder, s, "labels.npy").exists()]
+
+    def shard_range(self, shard):
+        """Indices of the images of a shard."""
+        start = shard * self.meta.shard_size
+        return range(start, min(start + self.meta.shard_size, self.meta.num_images))
+
+    def write_shard(self, shard, tokens, labels, names):
+        """Write tokens [N, 2, L], labels [N] and names [N] of a shard."""
+        write_json(_shard_file(self.folder, shard, "names.json"), list(names))
+        for kind, array in (("tokens.npy", tokens.astype(np.uint16)), ("labels.npy", labels.astype(np.int32))):
+            with atomic(_shard_file(self.folder, shard, kind)) as partial, partial.open("wb") as file:
+                np.save(file, array)
+
+    def finish(self, names):
+        """Mark the cache complete. Of `names`, all that were to be cached, those not in it are listed."""
+        stored = set()
+        for shard in range(self.meta.num_shards):
+            stored.update(json.loads(_shard_file(self.folder, shard, "names.json").read_text()))
+        unreadable = sorted(set(names) - stored)
+        write_json(self.folder / "meta.json", {**self.meta.as_json(), "unreadable": unreadable})
+
+
+def _shard_file(folder, shard, kind):
+    return Path(folder) / f"shard-{shard:05d}.{kind}"
+
+
+def _load_array(path, dtype, shape_tail):
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: cut short or no array ({error})") from None
+    if array.dtype != dtype or array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
+        raise ValueError(f"{path}: {array.dtype} {list(array.shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]")
+    return array
+
+
+class TokenCache:
+    """A complete token cache, memory-mapped. `len` is the number of images.
+
+    Attributes:
+        meta: CacheMeta. labels: int64 [N], all in memory.
+    Raises:
+        ValueError: not complete, damaged, or of another format.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "meta.json").exists():
+            raise ValueError(_why_no_cache(folder))
+        self.meta = CacheMeta.read(folder / "meta.json")
+        shards = range(self.meta.num_shards)
+        tail = (2, self.meta.num_tokens)
+        self._tokens = [_load_array(_shard_file(folder, s, "tokens.npy"), np.uint16, tail) for s in shards]
+        self.labels = np.concatenate(
+            [_load_array(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
+        ).astype(np.int64)
+        sizes = [len(t) for t in self._tokens]
+        expected = self.meta.num_images - len(self.meta.unreadable)
+        if sum(sizes) != expected or len(self.labels) != expected:
+            raise ValueError(f"{folder}: {sum(sizes)} images, {len(self.labels)} labels; meta.json says {expected}")
+        if not 0 <= self.labels.min() <= self.labels.max() < len(self.meta.class_names):
+            raise ValueError(f"{folder}: a label outside 0..{len(self.meta.class_names) - 1}")
+        self._starts = np.cumsum([0, *sizes])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def tokens(self, indices, views):
+        """Tokens of images, int64 [n, L]; view 1 is the mirrored image."""
+        indices, views = np.asarray(indices), np.asarray(views)
+        out = np.empty((len(indices), self.meta.num_tokens), dtype=np.int64)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            mine = shards == shard
+            out[mine] = self._tokens[shard][indices[mine] - self._starts[shard], views[mine]]
+        return out
+
+
+class MarCache:
+    """A MAR-style folder, CLASS/NAME.npz with keys `indices` and `indices_flip`, read as a token cache.
+
+    It does not name its tokenizer: `meta.tokenizer_digest` is empty.
+    """
+
+    def __init__(self, folder, vocab_size, img_size):
+        folder = Path(folder)
+        class_names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+        self.paths = [p for name in class_names for p in sorted((folder / name).rglob("*.npz"))]
+        if not self.paths:
+            raise ValueError(f"{folder} is no token cache: no meta.json, no CLASS/*.npz")
+        position = {name: label for label, name in enumerate(class_names)}
+        self.names = [p.relative_to(folder).as_posix() for p in self.paths]
+        self.labels = np.array([position[name.split("/")[0]] for name in self.names])
+        num_tokens = self._read(self.paths[0]).shape[1]
+        self.meta = CacheMeta(
+            img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
+            class_names=class_names, tokenizer_digest="", num_images=len(self.paths),
+            shard_size=len(self.paths), names_digest=names_digest(self.names),
+        )  # fmt: skip
+
+    @staticmethod
+    def _read(path):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return np.stack([arrays["indices"].reshape(-1), arrays["indices_flip"].reshape(-1)])
+        except Exception as error:  # zip and npy damage come as many types
+            raise ValueError(f"{path}: no tokens of an image ({error})") from None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def tokens(self, indices, views):
+        """As `TokenCache.tokens`, one file per image."""
+        return np.stack(
+            [self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)]
+        ).astype(np.int64)
+
+
+def _why_no_cache(folder):
+    if (folder / "plan.json").exists():
+        meta = CacheMeta.read(folder / "plan.json")
+        done = meta.num_shards - sum(
+            not _shard_file(folder, s, "labels.npy").exists() for s in range(meta.num_shards)
+        )
+        return f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
+    return f"{folder} is no token cache: no meta.json"
+
+
+def open_token_cache(folder, *, vocab_size=16384, img_size=256):
+    """A `TokenCache`, or a `MarCache` where the folder has no packed cache.
+
+    `vocab_size` and `img_size` are for the MAR style, which does not say them.
+    """
+    folder = Path(folder)
+    if (folder / "meta.json").exists() or (folder / "plan.json").exists():
+        return TokenCache(folder)
+    return MarCache(folder, vocab_size, img_size)
