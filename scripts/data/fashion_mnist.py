@@ -96,7 +96,7 @@ def download(folder):
     except Exception as e:  # no torchvision, no network, a checksum: all mean the same to the user
         raise DataError(
             f"no Fashion-MNIST here: {DEBIAN_FOLDER} is missing (Debian package dataset-fashion-mnist) "
-            f"and torchvision's download failed: {e}"
+            f"and torchvision's download failed: {' '.join(str(e).split())}"
         ) from e
     return Path(folder, "FashionMNIST", "raw")
 
