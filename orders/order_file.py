@@ -48,7 +48,7 @@ def save_orders(path: str | os.PathLike, orders: np.ndarray, meta: Mapping) -> N
     if path.suffix == ".json":
         _write_atomically(path, lambda file: _write_json(file, orders))
         return
-    text = json.dumps(dict(meta), indent=2) + "\n"
+    text = json.dumps(dict(meta)) + "\n"
     _write_atomically(path, lambda file: np.save(file, orders.astype(np.uint16, copy=False)))
     _write_atomically(meta_path(path), lambda file: file.write(text.encode()))
 
@@ -85,7 +85,7 @@ def _read_npy(path: Path, num_tokens: int) -> np.ndarray:
         try:
             read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
             shape, _, dtype = read_header(file)
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # NumPy parses the header as Python, which fails in many ways
             raise ValueError(f"{path} is not an .npy file: {str(error).splitlines()[0]}") from error
         present = os.fstat(file.fileno()).st_size - file.tell()
     if dtype.kind not in "iu":

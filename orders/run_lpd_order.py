@@ -1,0 +1,165 @@
+"""Write a file of generation orders: `python orders/run_lpd_order.py --output_file orders.npy`.
+
+Knows the flags, the threads and the progress; the orders themselves are `lpd_order.py`'s, the formats
+`order_file.py`'s. The threads share the work by image ids, so their number does not change the orders.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if not __package__:  # run as a program: imports start from the repository's root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from orders.lpd_order import LARGEST_GRID, ORDER_KINDS, make_orders  # noqa: E402
+from orders.order_file import check_suffix, save_orders  # noqa: E402
+from orders.schedule import check_group_sizes, cosine_group_sizes  # noqa: E402
+
+CELLS_PER_BATCH = 1 << 18  # what a thread does at a time, about a quarter of a second
+LEAST = {
+    "img_size": 1,
+    "vqgan_stride": 1,
+    "num_runs": 1,
+    "max_workers": 1,
+    "seed": 0,
+    "proximity_threshold": 0,
+    "repulsion_threshold": 0,
+}
+
+
+class UsageError(Exception):
+    """A mistake in the flags, said in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line without the usage."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Write a file of generation orders.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--order", choices=ORDER_KINDS, default="lpd", help="kind of order")
+    add("--img_size", type=int, default=256, help="side of the image in pixels")
+    add("--vqgan_stride", type=int, default=16, help="pixels a token stands for, each way")
+    add("--generation_steps", type=int, help="steps of the cosine schedule; 20 if not given")
+    add("--group_sizes", type=int, nargs="+", help="tokens of each step, in place of the cosine schedule")
+    add("--proximity_threshold", type=float, default=1.0, help="least score of a near cell")
+    add("--repulsion_threshold", type=float, default=1.0, help="near cells of a group are farther apart")
+    add("--num_runs", type=int, default=60000, help="number of orders")
+    add("--seed", type=int, default=0, help="order i depends on the seed and i alone")
+    add("--max_workers", type=int, default=os.cpu_count(), help="threads")
+    add("--output_file", type=Path, nargs="+", required=True, help="one or more .npy or .json files")
+    add("--overwrite", action="store_true", help="replace existing files")
+    return parser
+
+
+def resolved_settings(args: argparse.Namespace) -> dict:
+    """What `generate_orders` takes, from the flags; UsageError for what cannot be."""
+    for name, least in LEAST.items():
+        if not getattr(args, name) >= least:
+            raise UsageError(f"--{name} must be {least} or more, not {getattr(args, name)}")
+    grid_size, rest = divmod(args.img_size, args.vqgan_stride)
+    if rest or not 1 <= grid_size <= LARGEST_GRID:
+        raise UsageError(
+            f"--img_size {args.img_size} must be 1 to {LARGEST_GRID} times --vqgan_stride {args.vqgan_stride}"
+        )
+    settings = {
+        "kind": args.order,
+        "group_sizes": resolved_group_sizes(args.generation_steps, args.group_sizes, grid_size**2),
+        "grid_size": grid_size,
+        "proximity_threshold": args.proximity_threshold,
+        "repulsion_threshold": args.repulsion_threshold,
+        "seed": args.seed,
+    }
+    try:
+        make_orders(n=0, **settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return settings
+
+
+def resolved_group_sizes(
+    steps: int | None, group_sizes: list[int] | None, num_tokens: int
+) -> tuple[int, ...]:
+    """The explicit list if there is one, else the cosine schedule of `steps`; UsageError for a wrong one."""
+    flag = "--generation_steps" if group_sizes is None else "--group_sizes"
+    try:
+        if group_sizes is None:
+            return cosine_group_sizes(num_tokens, 20 if steps is None else steps)
+        if steps is not None and steps != len(group_sizes):
+            raise ValueError(f"{len(group_sizes)} groups do not go with --generation_steps {steps}")
+        return check_group_sizes(group_sizes, num_tokens)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def check_outputs(paths: list[Path], *, overwrite: bool) -> None:
+    """UsageError for a file that exists or has no format by its name; OSError for a folder without access."""
+    for path in paths:
+        try:
+            check_suffix(path)
+        except ValueError as error:
+            raise UsageError(f"--output_file {error}") from error
+        if path.exists() and not (overwrite and path.is_file()):
+            raise UsageError(f"--output_file {path} exists: give another name or --overwrite")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"--output_file {path}: {path.parent} cannot be written")
+
+
+def generate_orders(num_orders: int, workers: int, settings: dict) -> Iterator[np.ndarray]:
+    """Yield the orders of image ids 0 to `num_orders` - 1 in batches uint16 [b, L], made by threads.
+
+    `settings` are the arguments of `make_orders` but for `n` and `image_ids`. Threads suffice, since NumPy
+    works outside the interpreter's lock. Closing the generator drops what has not begun.
+    """
+    step = max(1, CELLS_PER_BATCH // settings["grid_size"] ** 2)
+    batches = [np.arange(first, min(first + step, num_orders)) for first in range(0, num_orders, step)]
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda ids: make_orders(n=len(ids), image_ids=ids, **settings), batches)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = flags().parse_args(argv)
+        settings = resolved_settings(args)
+        check_outputs(args.output_file, overwrite=args.overwrite)
+        orders = np.empty((args.num_runs, settings["grid_size"] ** 2), np.uint16)
+        done = 0
+        with tqdm(total=args.num_runs, unit=" orders", mininterval=0.5) as progress:
+            for batch in generate_orders(args.num_runs, args.max_workers, settings):
+                orders[done : done + len(batch)] = batch
+                done += len(batch)
+                progress.update(len(batch))
+        for path in args.output_file:
+            save_orders(path, orders, {**settings, "num_orders": args.num_runs, "image_size": args.img_size})
+            print(f"{path}: {args.num_runs} orders, {len(settings['group_sizes'])} steps of {args.order}")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing unfinished was kept", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
+    sys.exit(main())
