@@ -33,6 +33,11 @@ def _mix(x):
     return x ^ (x >> 15)
 
 
+def _as_int32(x):
+    """32-bit words held in int64 -> the same bits as int32, whose products wrap and cost half."""
+    return ((x ^ 0x80000000) - 0x80000000).to(torch.int32)
+
+
 def gumbel_noise(seed, image_ids, positions, vocab_size):
     """Standard Gumbel noise that depends on (seed, image id, grid position, code) alone.
 
@@ -40,17 +45,20 @@ def gumbel_noise(seed, image_ids, positions, vocab_size):
     any batch, on any process and on any device, and decoding never waits for a generator.
 
     Args:
-        seed: int >= 0. image_ids: int64 [B] >= 0. positions: int64 [B, n].
+        seed: int in 0..2^64-1. image_ids: int64 [B] >= 0. positions: int64 [B, n].
     Returns:
         float32 [B, n, V].
     """
     key = _mix(torch.full_like(image_ids, seed & MASK_32))
-    for word in (seed >> 32, image_ids & MASK_32, image_ids >> 32):
-        key = _mix(key + 0x9E3779B9 ^ word)  # [B]
-    key = _mix(key[:, None] + 0x9E3779B9 ^ positions)  # [B, n]
-    codes = torch.arange(vocab_size, device=positions.device)
-    bits = _mix(_mix(key[..., None] ^ (codes * 0x9E3779B1 & MASK_32)) + key[..., None] & MASK_32)  # [B, n, V]
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
+    for word in ((seed >> 32) & MASK_32, image_ids & MASK_32, image_ids >> 32):
+        key = _mix((key + 0x9E3779B9 & MASK_32) ^ word)  # [B]
+    key = _mix((key[:, None] + 0x9E3779B9 & MASK_32) ^ positions)[..., None]  # [B, n, 1]
+    codes = _as_int32(_mix(torch.arange(1, vocab_size + 1, device=positions.device)))  # [V]
+    # Two words of the key act on every code: an offset and an odd factor.
+    bits = (codes ^ _as_int32(key)) * _as_int32(_mix(key ^ 0x5BD1E995) | 1)  # [B, n, V]
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
+    bits = bits ^ (bits >> 15 & 0x1FFFF)
+    uniform = ((bits >> 9 & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
     return -(-uniform.log()).log()
 
 

@@ -16,7 +16,7 @@ from engine.batches import num_steps, own_part, step_images
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
-from util.images import UnreadableImage, image_loader, to_uint8, to_unit
+from util.images import image_loader, readable_pixels, to_uint8, to_unit
 from util.logging import MetricsLog
 
 
@@ -114,18 +114,6 @@ def revive_dead_codes(state, latents, seed):
     state.code_use.zero_()
 
 
-def stack_pixels(items, views=None):
-    """Loader items -> float [B, 3, H, W]; an unreadable image ends training."""
-    for _, image in items:
-        if isinstance(image, str):
-            raise UnreadableImage(image)
-    pixels = to_unit(torch.stack([torch.from_numpy(image) for _, image in items]))
-    if views is not None:
-        mirrored = torch.as_tensor(views, dtype=torch.bool)[:, None, None, None]
-        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-    return pixels
-
-
 def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, save_every=500, log_every=50):
     """Train from `state.step` to the end; checkpoints and `metrics.jsonl` go to `output_dir`."""
     steps = num_steps(len(folder), config.epochs, config.batch_size)
@@ -137,7 +125,7 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
     loader = image_loader(folder, config.img_size, [indices.tolist() for indices, _ in plan], num_workers)
     progress = tqdm(total=steps, initial=state.step, unit="step", disable=not world.is_main, mininterval=5)
     for items, (_, views) in zip(loader, plan, strict=True):
-        pixels = stack_pixels(items, views).to(world.device)
+        pixels = to_unit(readable_pixels(items, views)).to(world.device)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step, steps)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
@@ -177,7 +165,7 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
     psnrs, shown = [], {}
     show = set(range(0, len(folder), max(1, len(folder) // 8)))
     for items in tqdm(image_loader(folder, img_size, batches, num_workers), unit="batch", desc="reconstruct", mininterval=2):
-        pixels = stack_pixels(items).to(device)
+        pixels = to_unit(readable_pixels(items)).to(device)
         tokens = model.encode(pixels)
         before, after = to_uint8(pixels).cpu(), to_uint8(model.decode(tokens)).cpu()
         used[tokens.flatten().cpu()] = True

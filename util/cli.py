@@ -10,9 +10,15 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from util.images import UnreadableImage
+
 
 class UsageError(Exception):
     """The user's mistake: told in one line, exit status 2."""
+
+
+class Failure(Exception):
+    """The run cannot go on: told in one line, exit status 1."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +98,12 @@ def existing_folder(flag, path):
     return path
 
 
+def weights_file(flag, path):
+    """The path of weights; of a run folder, its checkpoint-last.pth."""
+    path = Path(path)
+    return existing_file(flag, path / "checkpoint-last.pth" if path.is_dir() else path)
+
+
 def required(args, *names):
     """Refuse when one of these flags was not given."""
     for name in names:
@@ -128,7 +140,7 @@ def run(main):
     for a user's mistake or a failing disk."""
     try:
         main()
-    except (UsageError, OSError) as error:
+    except (UsageError, Failure, UnreadableImage, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
@@ -142,3 +154,16 @@ def check_tokenizer_flags(args, config):
         given = getattr(args, flag)
         if given is not None and given != own:
             raise UsageError(f"--{flag} is {given}, the tokenizer {args.vqgan_path} has {own}")
+
+
+def check_fit(args, model, tokenizer, info):
+    """Refuse a model and a tokenizer, or an --img_size, that do not belong together."""
+    ours, theirs = model.config.vocab_size, tokenizer.config.vocab_size
+    if ours != theirs:
+        raise UsageError(f"--pretrained_ckpt has {ours} codes, the tokenizer {args.vqgan_path} has {theirs}")
+    img_size = model.config.grid_size * tokenizer.config.stride
+    if args.img_size not in (None, img_size):
+        raise UsageError(f"--img_size is {args.img_size}, the weights make {img_size} px")
+    class_num = getattr(args, "class_num", None)
+    if class_num not in (None, model.config.num_classes):
+        raise UsageError(f"--class_num is {class_num}, the weights have {model.config.num_classes} classes")

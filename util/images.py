@@ -121,3 +121,18 @@ def image_loader(folder, size, batches, num_workers):
     return torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=batches, num_workers=num_workers, collate_fn=list
     )
+
+
+def readable_pixels(items, views=None):
+    """A loader's item -> uint8 [B, size, size, 3], mirrored where views [B] is 1.
+
+    Raises:
+        UnreadableImage: one of them could not be read.
+    """
+    for _, image in items:
+        if isinstance(image, str):
+            raise UnreadableImage(image)
+    pixels = np.stack([image for _, image in items])
+    if views is not None:
+        pixels[views == 1] = pixels[views == 1, :, ::-1]
+    return pixels

@@ -1,0 +1,296 @@
+"""The training loop of LPD.
+
+Knows tokens, schedules, the optimizer and what must survive a crash. Does not know flags, nor where tokens
+come from: any iterable of micro-batches will do. Every random draw of a step comes from (seed, step), so a
+resumed run repeats an uninterrupted one bit for bit.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from engine.batches import num_steps, own_part, step_images
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from models.lpd import LPD, LPDConfig, lpd_loss
+from util import dist
+from util.images import image_loader, readable_pixels, to_unit
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what is learned. `global_batch` is images per optimizer step, over all
+    processes and micro-batches; epochs and frequencies count passes over the images."""
+
+    model: LPDConfig
+    num_images: int
+    schedules: tuple[tuple[int, ...], ...]  # group sizes; each step draws one
+    epochs: float = 450
+    global_batch: int = 2048
+    lr: float = 8e-4
+    min_lr: float = 1e-5
+    lr_schedule: str = "constant+cosine"
+    warmup_epochs: float = 50
+    lr_decay_start_epoch: float = 400
+    weight_decay: float = 0.02
+    grad_clip: float = 3.0
+    ema: float = 0.0
+    bf16: bool = False
+    seed: int = 0
+
+    @property
+    def num_steps(self):
+        return num_steps(self.num_images, self.epochs, self.global_batch)
+
+    def epoch(self, step):
+        """Passes over the images after `step` steps."""
+        return step * self.global_batch / self.num_images
+
+
+def learning_rate(config, epoch):
+    """Linear warm-up, then constant, half a cosine to min_lr, or the one and then the other."""
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
+    if config.lr_schedule == "constant":
+        return config.lr
+    start = config.warmup_epochs if config.lr_schedule == "cosine" else config.lr_decay_start_epoch
+    if epoch < start:
+        return config.lr
+    progress = min(1.0, (epoch - start) / max(1e-9, config.epochs - start))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class TrainState:
+    """Everything that must survive a crash. `ema` is a moving average of the weights, or empty."""
+
+    model: LPD
+    optimizer: torch.optim.Optimizer
+    ema: dict
+    step: int = 0
+
+    def save(self, path, config, info):
+        """Write a checkpoint; `info` says what the model was trained on."""
+        save_checkpoint(path, {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
+            "step": self.step, "train_config": asdict(config),
+            "info": {**info, "config": asdict(config.model)},
+        })  # fmt: skip
+
+    def load(self, path, config):
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it was made with other settings; the message names the first.
+        """
+        checkpoint = load_checkpoint(path)
+        if "train_config" not in checkpoint:
+            raise ValueError(f"{path}: weights without training state; start from them with --pretrained_ckpt")
+        saved, now = checkpoint["train_config"], asdict(config)
+        changed = [k for k in now if saved.get(k) != now[k]]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{path} was trained with {key} {str(saved.get(key))[:80]}, now it is {str(now[key])[:80]}: "
+                "resume with the same settings or give another --output_dir"
+            )
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step = checkpoint["step"]
+        for name, tensor in checkpoint["ema"].items():
+            self.ema[name].copy_(tensor)
+
+
+def new_state(config, device):
+    """A fresh model, AdamW (no weight decay on vectors) and, if asked for, the moving average."""
+    torch.manual_seed(config.seed)
+    model = LPD(config.model).to(device)
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    others = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95),
+    )  # fmt: skip
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
+    return TrainState(model, optimizer, ema)
+
+
+class CachedTokens:
+    """Micro-batches from a token cache."""
+
+    def __init__(self, cache):
+        self.cache, self.num_images = cache, len(cache)
+
+    def batches(self, plan):
+        """(indices, views) pairs -> (tokens int64 [b, L], labels int64 [b]) pairs."""
+        for indices, views in plan:
+            yield torch.from_numpy(self.cache.tokens(indices, views)), torch.from_numpy(self.cache.labels[indices])
+
+
+class EncodedImages:
+    """Micro-batches straight from an image folder, encoded as they come."""
+
+    def __init__(self, folder, tokenizer, img_size, num_workers, device):
+        self.folder, self.tokenizer, self.num_images = folder, tokenizer, len(folder)
+        self.img_size, self.num_workers, self.device = img_size, num_workers, device
+
+    def batches(self, plan):
+        """As `CachedTokens.batches`.
+
+        Raises:
+            UnreadableImage: naming the file.
+        """
+        plan = list(plan)
+        loader = image_loader(self.folder, self.img_size, [i.tolist() for i, _ in plan], self.num_workers)
+        for items, (indices, views) in zip(loader, plan, strict=True):
+            pixels = to_unit(readable_pixels(items, views)).to(self.device)
+            with torch.inference_mode():
+                tokens = self.tokenizer.encode(pixels)
+            yield tokens.clone(), torch.from_numpy(self.folder.labels[indices])
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """The random choices of one step: group sizes for all, and an order for each image of the global batch."""
+
+    group_sizes: tuple[int, ...]
+    orders: torch.Tensor  # int64 [global_batch, L]
+
+
+def draw_step(config, step):
+    """The same on every process, from (seed, step) alone."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    choice = torch.randint(len(config.schedules), (), generator=generator).item()
+    ranks = torch.rand(config.global_batch, config.model.num_tokens, generator=generator)
+    return StepDraws(config.schedules[choice], ranks.argsort(dim=1))
+
+
+def train_step(state, model, config, world, accum_iter, micro_batches):
+    """One optimizer step.
+
+    Args:
+        model: `state.model`, or what wraps it. micro_batches: iterator of (tokens, labels).
+    Returns:
+        (loss, norm of the gradient before clipping), tensors on the device.
+    """
+    draws = draw_step(config, state.step)
+    orders = own_part(draws.orders, world.rank, world.size, accum_iter)  # [accum, b, L]
+    torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + world.rank)  # dropout
+    total = torch.zeros((), device=world.device)
+    for i in range(accum_iter):
+        tokens, labels = (x.to(world.device) for x in next(micro_batches))
+        order = orders[i].to(world.device)
+        last = i == accum_iter - 1
+        with nullcontext() if last or model is state.model else model.no_sync():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+                loss = lpd_loss(model(tokens, labels, order, draws.group_sizes), tokens, order) / accum_iter
+            loss.backward()
+        total += loss.detach()
+    clip = config.grad_clip or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, config.epoch(state.step))
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.ema:
+        weights = state.model.state_dict()
+        torch._foreach_lerp_(list(state.ema.values()), [weights[k] for k in state.ema], 1 - config.ema)
+    return total, norm
+
+
+class LossNotFinite(Exception):
+    """Training met a loss that is no number."""
+
+
+@dataclass
+class Progress:
+    """The running means between two lines of the log; nothing waits for the device in between."""
+
+    world: dist.World
+    log: object  # MetricsLog, or None on all processes but the first
+    config: TrainConfig
+
+    def __post_init__(self):
+        self._reset()
+
+    def _reset(self):
+        self.loss, self.norm, self.count, self.start = 0.0, 0.0, 0, time.perf_counter()
+
+    def add(self, loss, norm):
+        self.loss, self.norm, self.count = self.loss + loss, self.norm + norm, self.count + 1
+
+    def write(self, step):
+        """Log the means; every process takes part.
+
+        Raises:
+            LossNotFinite: naming the steps among which it happened.
+        """
+        loss = (dist.all_sum(self.loss) / self.world.size / self.count).item()
+        values = {
+            "epoch": round(self.config.epoch(step), 4),
+            "loss": round(loss, 5),
+            "grad_norm": round(self.norm.item() / self.count, 4),
+            "lr": learning_rate(self.config, self.config.epoch(step - 1)),
+            "images_per_s": round(self.config.global_batch * self.count / (time.perf_counter() - self.start), 1),
+        }
+        if not math.isfinite(loss):
+            raise LossNotFinite(f"loss {loss} in steps {step - self.count + 1}..{step} (seed {self.config.seed})")
+        if self.log:
+            self.log.write(step, **values)
+        self._reset()
+        return values
+
+
+def train(
+    state, config, source, output_dir, world, log, info, *, accum_iter=1, log_every=50, save_last_freq=1.0,
+    save_intermediate_freq=0.0, hooks=(),
+):  # fmt: skip
+    """Train from `state.step` to the end.
+
+    Args:
+        source: CachedTokens or EncodedImages. output_dir: for checkpoints. log: MetricsLog or None.
+        save_last_freq, save_intermediate_freq: epochs between checkpoint-last.pth and checkpoint-N.pth (N:
+            epochs done); 0 is never, but the end is always saved.
+        hooks: (epochs, function) pairs; the function is called on every process with the state.
+    """
+    steps, first = config.num_steps, state.step
+    model = DistributedDataParallel(state.model, broadcast_buffers=False) if world.size > 1 else state.model
+    model.train()
+
+    def plan():
+        for step in range(first, steps):
+            parts = step_images(config.num_images, config.seed, config.global_batch, step)
+            yield from zip(*(own_part(part, world.rank, world.size, accum_iter) for part in parts), strict=True)
+
+    def due(every):
+        return every > 0 and (
+            math.floor(config.epoch(state.step) / every) > math.floor(config.epoch(state.step - 1) / every)
+        )
+
+    micro_batches = iter(source.batches(plan()))
+    progress = Progress(world, log, config)
+    bar = tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2)
+    while state.step < steps:
+        progress.add(*train_step(state, model, config, world, accum_iter, micro_batches))
+        bar.update()
+        end = state.step == steps
+        if state.step % log_every == 0 or end:
+            bar.set_postfix(progress.write(state.step))
+        if world.is_main and (due(save_last_freq) or end):
+            state.save(Path(output_dir) / "checkpoint-last.pth", config, info)
+        if world.is_main and due(save_intermediate_freq):
+            name = f"checkpoint-{math.floor(config.epoch(state.step))}.pth"
+            state.save(Path(output_dir) / name, config, info)
+        for every, function in hooks:
+            if due(every) or (end and every > 0):
+                state.model.eval()
+                function(state)
+                state.model.train()
+    bar.close()
+    dist.barrier()

@@ -1,0 +1,289 @@
+"""Train and evaluate LPD.
+
+    torchrun --nproc_per_node 8 main_lpd.py --model lpd_l --use_cached --cached_path CACHE --output_dir RUN ...
+    torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l --pretrained_ckpt FILE --cfg 4.8 ...
+
+The recipes are in scripts/train and scripts/eval. To resume, run the same command again.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import load_lpd, load_tokenizer, start_from, state_digest
+from engine.evaluate import evaluate
+from engine.generate import generate_images
+from engine.metrics import InceptionFeatures, find_inception, load_statistics
+from engine.settings import resolve_settings
+from engine.train import CachedTokens, EncodedImages, LossNotFinite, TrainConfig, new_state, train
+from models.lpd import LPD_CONFIGS
+from orders.schedule import cosine_group_sizes, training_steps
+from util import cli, dist, pictures
+from util.files import write_json
+from util.images import list_images, split_folder
+from util.logging import MetricsLog, tensorboard_listener, wandb_listener
+from util.token_cache import open_token_cache
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Train and evaluate LPD")
+    parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="needed unless the weights say it")
+    parser.add_argument("--img_size", type=cli.number(int, 1), help="pixels; default: the token cache's, or 256")
+    cli.add_tokenizer_flags(parser)
+    parser.add_argument("--class_num", type=cli.number(int, 1), help="checked against the data's own")
+    parser.add_argument("--pretrained_ckpt", metavar="FILE", help="weights to evaluate, or to start training from")
+    parser.add_argument("--output_dir", metavar="DIR")
+    parser.add_argument("--resume", metavar="DIR", help="run to go on with; default: --output_dir")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16; without it float32")
+    cli.add_device_flags(parser)
+    add_training_flags(parser)
+    cli.add_generation_flags(parser)
+    e = parser.add_argument_group("evaluation")
+    e.add_argument("--evaluate", action="store_true", help="evaluate instead of training")
+    e.add_argument("--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs")
+    e.add_argument("--eval_freq", type=cli.number(float, 0), default=40)
+    e.add_argument("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
+    e.add_argument("--num_images", type=cli.number(int, 2), default=50000)
+    e.add_argument("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
+    e.add_argument("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
+    return parser.parse_args(argv)
+
+
+def add_training_flags(parser):
+    t = parser.add_argument_group("training")
+    t.add_argument("--data_path", metavar="DIR", help="train straight from images: CLASS/IMAGE folders")
+    t.add_argument("--use_cached", action="store_true", help="train from --cached_path")
+    t.add_argument("--cached_path", metavar="DIR", help="token cache of main_cache.py, or a MAR-style folder")
+    t.add_argument("--group_sizes_list", type=cli.number(int, 1), nargs="+", help="numbers of steps to train for")
+    t.add_argument("--epochs", type=cli.number(float, 0), default=450)
+    t.add_argument("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
+    t.add_argument("--accum_iter", type=cli.number(int, 1), default=1, help="micro-batches of a step")
+    t.add_argument("--lr", type=cli.number(float, 0), help="default: blr * global batch / 256")
+    t.add_argument("--blr", type=cli.number(float, 0), default=1e-4)
+    t.add_argument("--min_lr", type=cli.number(float, 0), default=1e-5)
+    t.add_argument("--lr_schedule", choices=["constant", "cosine", "constant+cosine"], default="constant+cosine")
+    t.add_argument("--warmup_epochs", type=cli.number(float, 0), default=50)
+    t.add_argument("--lr_decay_start_epoch", type=cli.number(float, 0), default=400)
+    t.add_argument("--weight_decay", type=cli.number(float, 0), default=0.02)
+    t.add_argument("--grad_checkpointing", action="store_true")
+    t.add_argument("--grad_clip", type=cli.number(float, 0), default=3.0, help="0 is none")
+    t.add_argument("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
+    t.add_argument("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
+    t.add_argument("--ema", type=cli.number(float, 0, 1), default=0.0, help="decay, say 0.9999; 0 is none")
+    t.add_argument("--save_last_freq", type=cli.number(float, 0), default=5, help="epochs; 0 is only at the end")
+    t.add_argument("--save_intermediate_freq", type=cli.number(float, 0), default=0, help="epochs; 0 is never")
+    t.add_argument("--sample_freq", type=cli.number(float, 0), default=0, help="epochs between sample grids")
+    t.add_argument("--log_every", type=cli.number(int, 1), default=50, help="steps")
+    t.add_argument("--tensorboard", action="store_true")
+    t.add_argument("--use_wandb", action="store_true")
+    t.add_argument("--wandb_project", default="lpd")
+    t.add_argument("--wandb_run_name")
+
+
+def generation_settings(args, grid_size, num_images):
+    names = (
+        "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold", "repulsion_threshold",
+        "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
+    )  # fmt: skip
+    return resolve_settings(grid_size, num_images=num_images, **{name: getattr(args, name) for name in names})
+
+
+def check_flags(args):
+    """What can be seen without opening large files."""
+    if args.pretrained_ckpt:
+        args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
+    for flag in ("vqgan_path", "lpd_order_file", "fid_stats"):
+        if getattr(args, flag):
+            cli.existing_file(f"--{flag}", getattr(args, flag))
+    if args.output_dir:
+        cli.writable_folder("--output_dir", args.output_dir)
+    if args.evaluate:
+        cli.required(args, "pretrained_ckpt", "vqgan_path")
+        return
+    cli.required(args, "model", "output_dir")
+    if args.use_cached == bool(args.data_path):
+        raise cli.UsageError("training needs either --use_cached with --cached_path, or --data_path")
+    if args.use_cached:
+        cli.required(args, "cached_path")
+        cli.existing_folder("--cached_path", args.cached_path)
+    else:
+        cli.required(args, "vqgan_path")
+        cli.existing_folder("--data_path", args.data_path)
+    if (args.sample_freq or args.online_eval) and not args.vqgan_path:
+        raise cli.UsageError("--sample_freq and --online_eval need --vqgan_path to make images")
+    if args.lr_schedule != "constant" and args.warmup_epochs > args.epochs:
+        raise cli.UsageError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.lr_schedule == "constant+cosine" and args.lr_decay_start_epoch > args.epochs:
+        raise cli.UsageError(
+            f"--lr_decay_start_epoch {args.lr_decay_start_epoch} is more than --epochs {args.epochs}"
+        )
+
+
+def open_source(args, tokenizer, world):
+    """What to train on: the source of tokens, and what is to be said of it."""
+    if args.use_cached:
+        known = {"vocab_size": args.vqgan_vocab_size or 16384, "img_size": args.img_size or 256}
+        cache = open_token_cache(args.cached_path, **known)
+        meta = cache.meta
+        if tokenizer and meta.tokenizer_digest and meta.tokenizer_digest != state_digest(tokenizer):
+            raise ValueError(
+                f"--vqgan_path {args.vqgan_path} is {state_digest(tokenizer)}, but {args.cached_path} was made "
+                f"with tokenizer {meta.tokenizer_digest}"
+            )
+        if tokenizer and tokenizer.config.vocab_size != meta.vocab_size:
+            raise ValueError(
+                f"--vqgan_path has {tokenizer.config.vocab_size} codes, {args.cached_path} has {meta.vocab_size}"
+            )
+        if args.img_size not in (None, meta.img_size):
+            raise ValueError(f"--img_size is {args.img_size}, {args.cached_path} holds {meta.img_size} px")
+        shape = {"grid_size": meta.grid_size, "vocab_size": meta.vocab_size}
+        info = {"class_names": list(meta.class_names), "img_size": meta.img_size,
+                "tokenizer_digest": meta.tokenizer_digest}  # fmt: skip
+        return CachedTokens(cache), shape, info
+    folder = list_images(split_folder(args.data_path, "train"))
+    img_size, stride = args.img_size or 256, tokenizer.config.stride
+    if img_size % stride:
+        raise ValueError(f"--img_size {img_size} is no multiple of the tokenizer's stride {stride}")
+    shape = {"grid_size": img_size // stride, "vocab_size": tokenizer.config.vocab_size}
+    info = {"class_names": list(folder.class_names), "img_size": img_size,
+            "tokenizer_digest": state_digest(tokenizer)}  # fmt: skip
+    return EncodedImages(folder, tokenizer, img_size, args.num_workers, world.device), shape, info
+
+
+def train_config(args, shape, info, num_images, world):
+    """The flags and the data's own numbers as one checked config."""
+    num_classes = len(info["class_names"])
+    if args.class_num not in (None, num_classes):
+        raise ValueError(f"--class_num is {args.class_num}, the data has {num_classes} classes")
+    model = dataclasses.replace(
+        LPD_CONFIGS[args.model], **shape, num_classes=num_classes, dropout=args.proj_dropout,
+        label_drop_prob=args.label_drop_prob,
+    )  # fmt: skip
+    counts = args.group_sizes_list or training_steps(model.num_tokens)
+    global_batch = args.batch_size * args.accum_iter * world.size
+    return TrainConfig(
+        model=model, num_images=num_images,
+        schedules=tuple(cosine_group_sizes(model.num_tokens, steps) for steps in counts),
+        epochs=args.epochs, global_batch=global_batch,
+        lr=args.blr * global_batch / 256 if args.lr is None else args.lr, min_lr=args.min_lr,
+        lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs,
+        lr_decay_start_epoch=args.lr_decay_start_epoch, weight_decay=args.weight_decay,
+        grad_clip=args.grad_clip, ema=args.ema, bf16=args.bf16, seed=args.seed,
+    )  # fmt: skip
+
+
+def evaluation(args, tokenizer, grid_size, world):
+    """A function of a model that evaluates it as the flags say; everything it needs is loaded now."""
+    settings = generation_settings(args, grid_size, args.num_images)
+    reference = load_statistics(args.fid_stats) if args.fid_stats else None
+    extractor = InceptionFeatures(find_inception(args.inception), world.device)
+
+    def run(model):
+        metrics = evaluate(
+            model, tokenizer, settings, args.num_images, args.eval_bsz, extractor, reference, world
+        )
+        return metrics and {**metrics, "settings": settings.as_json()}
+
+    return run
+
+
+def sampler(args, tokenizer, config, info, world):
+    """A training hook that writes a grid, one row per class (ten at most)."""
+    settings = generation_settings(args, config.model.grid_size, 1)
+    rows = range(min(10, config.model.num_classes))
+    labels = torch.tensor(rows).repeat_interleave(8)
+
+    def write(state):
+        if world.is_main:
+            orders = settings.orders(range(len(labels)))
+            images = generate_images(
+                state.model, tokenizer, labels, orders, settings.group_sizes, **settings.decoding()
+            )
+            sheet = pictures.labelled_rows(images.cpu(), [info["class_names"][r] for r in rows])
+            name = f"epoch-{config.epoch(state.step):07.2f}.png"
+            pictures.save_png(Path(args.output_dir) / "samples" / name, sheet)
+
+    return write
+
+
+def run_training(args, world):
+    with cli.checking():
+        tokenizer = load_tokenizer(args.vqgan_path).to(world.device) if args.vqgan_path else None
+        if tokenizer:
+            cli.check_tokenizer_flags(args, tokenizer.config)
+        source, shape, info = open_source(args, tokenizer, world)
+        config = train_config(args, shape, info, source.num_images, world)
+        state = new_state(config, world.device)
+        state.model.grad_checkpointing = args.grad_checkpointing
+        last = Path(args.resume or args.output_dir) / "checkpoint-last.pth"
+        if last.exists():
+            state.load(last, config)
+        elif args.pretrained_ckpt:
+            start_from(state.model, args.pretrained_ckpt)
+        elif args.resume and Path(args.resume) != Path(args.output_dir):
+            raise ValueError(f"--resume: no {last}")
+        hooks = []
+        if args.sample_freq:
+            hooks.append((args.sample_freq, sampler(args, tokenizer, config, info, world)))
+        run_evaluation = evaluation(args, tokenizer, shape["grid_size"], world) if args.online_eval else None
+    log = make_log(args, config, state.step) if world.is_main else None
+
+    def evaluate_online(state):
+        metrics = run_evaluation(state.model)
+        if metrics:
+            log.write(state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)})
+
+    if run_evaluation:
+        hooks.append((args.eval_freq, evaluate_online))
+    train(
+        state, config, source, args.output_dir, world, log, info, accum_iter=args.accum_iter,
+        log_every=args.log_every, save_last_freq=args.save_last_freq,
+        save_intermediate_freq=args.save_intermediate_freq, hooks=hooks,
+    )  # fmt: skip
+
+
+def make_log(args, config, step):
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "config.json", dataclasses.asdict(config))
+    listeners = []
+    if args.tensorboard:
+        listeners.append(tensorboard_listener(output_dir))
+    if args.use_wandb:
+        listeners.append(wandb_listener(args.wandb_project, args.wandb_run_name, dataclasses.asdict(config)))
+    return MetricsLog(output_dir, resume_step=step, listeners=listeners)
+
+
+def run_evaluation(args, world):
+    with cli.checking():
+        tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
+        cli.check_tokenizer_flags(args, tokenizer.config)
+        model, info = load_lpd(args.pretrained_ckpt, args.model)
+        cli.check_fit(args, model, tokenizer, info)
+        run = evaluation(args, tokenizer, model.config.grid_size, world)
+        model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
+    result = run(model)
+    if result:
+        result |= {"weights": state_digest(model), "tokenizer": state_digest(tokenizer), "bf16": args.bf16}
+        print(json.dumps(result))
+        if args.output_dir:
+            write_json(Path(args.output_dir) / "evaluation.json", result)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_flags(args)
+    with cli.checking():
+        world = dist.init(args.device)
+    try:
+        (run_evaluation if args.evaluate else run_training)(args, world)
+    except LossNotFinite as error:
+        raise cli.Failure(error) from None
+    dist.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)
