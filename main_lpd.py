@@ -84,11 +84,8 @@ def add_training_flags(parser):
 
 
 def generation_settings(args, grid_size, num_images):
-    names = (
-        "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold", "repulsion_threshold",
-        "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
-    )  # fmt: skip
-    return resolve_settings(grid_size, num_images=num_images, **{name: getattr(args, name) for name in names})
+    chosen = {name: getattr(args, name) for name in cli.GENERATION_FLAGS}
+    return resolve_settings(grid_size, num_images=num_images, **chosen)
 
 
 def check_flags(args):
@@ -262,7 +259,7 @@ def run_evaluation(args, world):
         tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
         cli.check_tokenizer_flags(args, tokenizer.config)
         model, info = load_lpd(args.pretrained_ckpt, args.model)
-        cli.check_fit(args, model, tokenizer, info)
+        cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
         run = evaluation(args, tokenizer, model.config.grid_size, world)
         model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
     result = run(model)

@@ -64,6 +64,12 @@ def add_tokenizer_flags(parser):
     parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's own")
 
 
+GENERATION_FLAGS = (
+    "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold", "repulsion_threshold",
+    "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
+)  # fmt: skip
+
+
 def add_generation_flags(parser):
     """How images are decoded: schedule, order, guidance, draws."""
     g = parser.add_argument_group("generation")
@@ -156,8 +162,12 @@ def check_tokenizer_flags(args, config):
             raise UsageError(f"--{flag} is {given}, the tokenizer {args.vqgan_path} has {own}")
 
 
-def check_fit(args, model, tokenizer, info):
-    """Refuse a model and a tokenizer, or an --img_size, that do not belong together."""
+def check_fit(args, model, tokenizer, info, digest):
+    """Refuse a model and a tokenizer (of that digest), or an --img_size, that do not belong together."""
+    if info.get("tokenizer_digest") not in (None, "", digest):
+        raise UsageError(
+            f"--pretrained_ckpt was trained with tokenizer {info['tokenizer_digest']}, {args.vqgan_path} is {digest}"
+        )
     ours, theirs = model.config.vocab_size, tokenizer.config.vocab_size
     if ours != theirs:
         raise UsageError(f"--pretrained_ckpt has {ours} codes, the tokenizer {args.vqgan_path} has {theirs}")

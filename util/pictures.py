@@ -79,3 +79,25 @@ def save_curves(path, curves, *, xlabel, ylabel):
     with atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def save_order_map(path, steps_of_cells, title):
+    """Draw a token grid, int [g, g], each cell with the number of the step that generates it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    side = len(steps_of_cells)
+    figure, axes = plt.subplots(figsize=(4.5, 4.5))
+    axes.imshow(steps_of_cells, cmap="viridis")
+    for row, column in np.ndindex(steps_of_cells.shape):
+        dark = steps_of_cells[row, column] < steps_of_cells.max() / 2
+        axes.text(
+            column, row, int(steps_of_cells[row, column]), ha="center", va="center", fontsize=min(12, 90 / side),
+            color="white" if dark else "black",
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[], title=title)
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)

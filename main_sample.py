@@ -1,0 +1,195 @@
+"""Generate images of chosen classes: PNGs, a labelled grid, the order, a film of the image filling in.
+
+    python main_sample.py --pretrained_ckpt assets/fashion_mnist/lpd.safetensors \\
+        --vqgan_path assets/fashion_mnist/tokenizer.safetensors --classes sneaker 8 --output_dir output/samples
+
+With --compare_steps N the same images are also made in N steps (64 of 64: one token at a time), timed and put
+beside the others.
+"""
+
+import dataclasses
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.checkpoint import load_lpd, load_tokenizer, state_digest
+from engine.generate import generate_images, generate_tokens
+from engine.settings import resolve_settings
+from orders.measure import steps_of_cells
+from orders.schedule import cosine_group_sizes
+from util import cli, dist, pictures
+from util.images import to_uint8
+
+GREY = 128  # of places not generated yet
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Generate images of chosen classes")
+    parser.add_argument("--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)")
+    parser.add_argument("--model", help="size of weights that do not say it")
+    cli.add_tokenizer_flags(parser)
+    parser.add_argument("--output_dir", metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run put into --output_dir")
+    parser.add_argument("--img_size", type=cli.number(int, 1), help="checked against the weights'")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="indices or names; default: the first ten")
+    parser.add_argument("--class_names", metavar="FILE", help="a name per line, for weights that hold none")
+    parser.add_argument("--num_per_class", type=cli.number(int, 1), default=8)
+    parser.add_argument("--batch_size", type=cli.number(int, 1), default=64)
+    parser.add_argument("--compare_steps", type=cli.number(int, 1), help="make the same images in so many steps too")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    parser.add_argument("--bf16", action="store_true")
+    cli.add_device_flags(parser)
+    cli.add_generation_flags(parser)
+    return parser.parse_args(argv)
+
+
+def class_names(args, num_classes, info):
+    """A name for every class: from --class_names, the weights, or its index."""
+    names = info.get("class_names") or [str(i) for i in range(num_classes)]
+    if args.class_names:
+        names = cli.existing_file("--class_names", args.class_names).read_text().splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"--class_names has {len(names)} names, the weights have {num_classes} classes")
+    return names
+
+
+def find_class(text, names):
+    """The label of a class given by its index, its name, or its name without a leading number."""
+    if text.isdigit():
+        if int(text) >= len(names):
+            raise ValueError(f"--classes: {text} is not in 0..{len(names) - 1}")
+        return int(text)
+    plain = [re.sub(r"^\d+_", "", name) for name in names]
+    for known in (names, plain):
+        if text in known:
+            return known.index(text)
+    raise ValueError(f"--classes: no class {text!r} among {len(names)} ({', '.join(plain[:10])}, ...)")
+
+
+def prepare_output(args):
+    """Refuse to mix with what is there; with --overwrite, clear what an earlier run of ours wrote."""
+    folder = cli.writable_folder("--output_dir", args.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        if not args.overwrite:
+            raise cli.UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
+        shutil.rmtree(folder / "images", ignore_errors=True)
+
+
+def generate(model, tokenizer, settings, labels, batch_size, device):
+    """Images of labels int64 [n] as uint8 [n, H, W, 3], and the seconds it took."""
+    ids = torch.arange(len(labels))
+    warm = ids[:1]
+    generate_images(model, tokenizer, labels[warm], settings.orders(warm), settings.group_sizes)
+    orders = settings.orders(ids)
+    images = []
+    dist.synchronize(device)
+    start = time.perf_counter()
+    for batch in tqdm(ids.split(batch_size), unit="batch", desc=f"{len(settings.group_sizes)} steps"):
+        images.append(
+            generate_images(
+                model, tokenizer, labels[batch], orders[batch], settings.group_sizes, image_ids=batch,
+                **settings.decoding(),
+            ).cpu()
+        )  # fmt: skip
+    return torch.cat(images).numpy(), time.perf_counter() - start
+
+
+def film(model, tokenizer, settings, labels, image_ids, columns):
+    """Frames of images filling in, one per step; places not generated yet are grey."""
+    orders = settings.orders(image_ids)
+    grid, stride = settings.grid_size, tokenizer.config.stride
+    frames = []
+
+    def add_frame(tokens, filled):
+        images = to_uint8(tokenizer.decode(tokens)).cpu().numpy()
+        known = np.zeros((len(images), grid * grid), dtype=bool)
+        np.put_along_axis(known, orders[:, :filled].numpy(), True, axis=1)
+        known = known.reshape(-1, grid, grid).repeat(stride, axis=1).repeat(stride, axis=2)
+        images = np.where(known[..., None], images, GREY).astype(np.uint8)
+        frames.append(pictures.grid(images, columns, scale=max(1, 96 // images.shape[1])))
+
+    generate_tokens(
+        model, labels, orders, settings.group_sizes, image_ids=torch.as_tensor(image_ids), on_group=add_frame,
+        **settings.decoding(),
+    )  # fmt: skip
+    return [np.full_like(frames[0], GREY), *frames]
+
+
+def save_images(folder, images, labels, names):
+    """One PNG per image, in a folder per class."""
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        pictures.save_png(folder / names[label].replace("/", "_") / f"{i:05d}.png", image)
+
+
+def table(rows):
+    """Lines of (name, steps, seconds an image), each with its speed against the last."""
+    lines = [f"{'':24}{'steps':>6}{'s/image':>10}{'speed-up':>10}"]
+    lines += [f"{name:24}{n:6d}{seconds:10.4f}{rows[-1][2] / seconds:9.1f}x" for name, n, seconds in rows]
+    return "\n".join(lines)
+
+
+def load(args, device):
+    """Model, tokenizer, settings, labels and class names, all checked."""
+    tokenizer = load_tokenizer(args.vqgan_path)
+    cli.check_tokenizer_flags(args, tokenizer.config)
+    model, info = load_lpd(args.pretrained_ckpt, args.model)
+    cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
+    names = class_names(args, model.config.num_classes, info)
+    chosen = args.classes or [str(i) for i in range(min(10, len(names)))]
+    labels = torch.tensor([find_class(text, names) for text in chosen]).repeat_interleave(args.num_per_class)
+    settings = resolve_settings(
+        model.config.grid_size, num_images=len(labels), **{k: getattr(args, k) for k in cli.GENERATION_FLAGS}
+    )
+    other = None
+    if args.compare_steps:
+        sizes = cosine_group_sizes(model.config.num_tokens, args.compare_steps)
+        other = dataclasses.replace(settings, group_sizes=sizes)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    return model.to(device, dtype), tokenizer.to(device), settings, other, labels, names
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    cli.required(args, "pretrained_ckpt", "vqgan_path", "output_dir")
+    args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
+    cli.existing_file("--vqgan_path", args.vqgan_path)
+    with cli.checking():
+        world = dist.init(args.device)
+        model, tokenizer, settings, other, labels, names = load(args, world.device)
+        prepare_output(args)
+    output = Path(args.output_dir)
+
+    steps = len(settings.group_sizes)
+    rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[:: args.num_per_class].tolist()]
+    images, seconds = generate(model, tokenizer, settings, labels, args.batch_size, world.device)
+    results = [(f"{settings.order} order", steps, seconds / len(labels))]
+    save_images(output / "images", images, labels, names)
+    scale = max(1, 64 // images.shape[1])
+    sheets = [pictures.labelled_rows(images, rows, scale=scale, title=f"{steps} steps")]
+    pictures.save_png(output / "grid.png", sheets[0])
+    if other:
+        n = len(other.group_sizes)
+        images, seconds = generate(model, tokenizer, other, labels, args.batch_size, world.device)
+        results.append((f"{other.order} order", n, seconds / len(labels)))
+        save_images(output / f"images_{n}_steps", images, labels, names)
+        sheets.append(pictures.labelled_rows(images, rows, scale=scale, title=f"{n} steps"))
+        pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
+    shown = list(range(0, len(labels), args.num_per_class))[:10]
+    frames = film(model, tokenizer, settings, labels[shown], shown, columns=min(5, len(shown)))
+    pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
+    cells = steps_of_cells(settings.orders([0]).numpy(), settings.group_sizes)[0]
+    pictures.save_order_map(
+        output / "order.png", cells.reshape(settings.grid_size, -1), f"{settings.order} order, {steps} steps"
+    )
+    print(table(results))
+    print(f"pictures: {output}/grid.png, order.png, film.gif{', comparison.png' if other else ''}")
+    dist.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)
