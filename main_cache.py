@@ -34,7 +34,9 @@ def plan(args, tokenizer, names, class_names):
     config = tokenizer.config
     cli.check_tokenizer_flags(args, config)
     if args.img_size % config.stride:
-        raise ValueError(f"--img_size {args.img_size} is no multiple of the tokenizer's stride {config.stride}")
+        raise ValueError(
+            f"--img_size {args.img_size} is no multiple of the tokenizer's stride {config.stride}"
+        )
     return CacheMeta(
         img_size=args.img_size, grid_size=args.img_size // config.stride, vocab_size=config.vocab_size,
         class_names=tuple(class_names), tokenizer_digest=state_digest(tokenizer), num_images=len(names),
@@ -103,7 +105,9 @@ def report(writer, folder, errors, skip_unreadable):
         print(f"error: {len(errors)} unreadable images, {action}", file=sys.stderr)
     if skip_unreadable or not errors:
         writer.finish(folder.names)
-        print(f"{writer.folder}: {writer.meta.num_images - len(errors)} images, {writer.meta.num_shards} shards")
+        print(
+            f"{writer.folder}: {writer.meta.num_images - len(errors)} images, {writer.meta.num_shards} shards"
+        )
 
 
 if __name__ == "__main__":

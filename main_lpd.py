@@ -1,7 +1,7 @@
 """Train and evaluate LPD.
 
-    torchrun --nproc_per_node 8 main_lpd.py --model lpd_l --use_cached --cached_path CACHE --output_dir RUN ...
-    torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l --pretrained_ckpt FILE --cfg 4.8 ...
+    torchrun --nproc_per_node 8 main_lpd.py --model lpd_l --use_cached --cached_path DIR --output_dir RUN
+    torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l --pretrained_ckpt FILE --cfg 4.8
 
 The recipes are in scripts/train and scripts/eval. To resume, run the same command again.
 """
@@ -30,10 +30,14 @@ from util.token_cache import open_token_cache
 def parse_args(argv=None):
     parser = cli.Parser(description="Train and evaluate LPD")
     parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="needed unless the weights say it")
-    parser.add_argument("--img_size", type=cli.number(int, 1), help="pixels; default: the token cache's, or 256")
+    parser.add_argument(
+        "--img_size", type=cli.number(int, 1), help="pixels; default: the token cache's, or 256"
+    )
     cli.add_tokenizer_flags(parser)
     parser.add_argument("--class_num", type=cli.number(int, 1), help="checked against the data's own")
-    parser.add_argument("--pretrained_ckpt", metavar="FILE", help="weights to evaluate, or to start training from")
+    parser.add_argument(
+        "--pretrained_ckpt", metavar="FILE", help="weights to evaluate, or to start training from"
+    )
     parser.add_argument("--output_dir", metavar="DIR")
     parser.add_argument("--resume", metavar="DIR", help="run to go on with; default: --output_dir")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0)
@@ -43,12 +47,16 @@ def parse_args(argv=None):
     cli.add_generation_flags(parser)
     e = parser.add_argument_group("evaluation")
     e.add_argument("--evaluate", action="store_true", help="evaluate instead of training")
-    e.add_argument("--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs")
+    e.add_argument(
+        "--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs"
+    )
     e.add_argument("--eval_freq", type=cli.number(float, 0), default=40)
     e.add_argument("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
     e.add_argument("--num_images", type=cli.number(int, 2), default=50000)
     e.add_argument("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
-    e.add_argument("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
+    e.add_argument(
+        "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
+    )
     return parser.parse_args(argv)
 
 
@@ -57,14 +65,18 @@ def add_training_flags(parser):
     t.add_argument("--data_path", metavar="DIR", help="train straight from images: CLASS/IMAGE folders")
     t.add_argument("--use_cached", action="store_true", help="train from --cached_path")
     t.add_argument("--cached_path", metavar="DIR", help="token cache of main_cache.py, or a MAR-style folder")
-    t.add_argument("--group_sizes_list", type=cli.number(int, 1), nargs="+", help="numbers of steps to train for")
+    t.add_argument(
+        "--group_sizes_list", type=cli.number(int, 1), nargs="+", help="numbers of steps to train for"
+    )
     t.add_argument("--epochs", type=cli.number(float, 0), default=450)
     t.add_argument("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
     t.add_argument("--accum_iter", type=cli.number(int, 1), default=1, help="micro-batches of a step")
     t.add_argument("--lr", type=cli.number(float, 0), help="default: blr * global batch / 256")
     t.add_argument("--blr", type=cli.number(float, 0), default=1e-4)
     t.add_argument("--min_lr", type=cli.number(float, 0), default=1e-5)
-    t.add_argument("--lr_schedule", choices=["constant", "cosine", "constant+cosine"], default="constant+cosine")
+    t.add_argument(
+        "--lr_schedule", choices=["constant", "cosine", "constant+cosine"], default="constant+cosine"
+    )
     t.add_argument("--warmup_epochs", type=cli.number(float, 0), default=50)
     t.add_argument("--lr_decay_start_epoch", type=cli.number(float, 0), default=400)
     t.add_argument("--weight_decay", type=cli.number(float, 0), default=0.02)
@@ -73,8 +85,12 @@ def add_training_flags(parser):
     t.add_argument("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
     t.add_argument("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
     t.add_argument("--ema", type=cli.number(float, 0, 1), default=0.0, help="decay, say 0.9999; 0 is none")
-    t.add_argument("--save_last_freq", type=cli.number(float, 0), default=5, help="epochs; 0 is only at the end")
-    t.add_argument("--save_intermediate_freq", type=cli.number(float, 0), default=0, help="epochs; 0 is never")
+    t.add_argument(
+        "--save_last_freq", type=cli.number(float, 0), default=5, help="epochs; 0 is only at the end"
+    )
+    t.add_argument(
+        "--save_intermediate_freq", type=cli.number(float, 0), default=0, help="epochs; 0 is never"
+    )
     t.add_argument("--sample_freq", type=cli.number(float, 0), default=0, help="epochs between sample grids")
     t.add_argument("--log_every", type=cli.number(int, 1), default=50, help="steps")
     t.add_argument("--tensorboard", action="store_true")
@@ -119,21 +135,26 @@ def check_flags(args):
         )
 
 
+def check_tokenizer_made(args, tokenizer, meta):
+    """Refuse a tokenizer that is not the one the token cache was made with."""
+    digest, codes = state_digest(tokenizer), tokenizer.config.vocab_size
+    if meta.tokenizer_digest not in ("", digest):
+        raise ValueError(
+            f"--vqgan_path {args.vqgan_path} is tokenizer {digest}, {args.cached_path} was made with "
+            f"{meta.tokenizer_digest}"
+        )
+    if codes != meta.vocab_size:
+        raise ValueError(f"--vqgan_path has {codes} codes, {args.cached_path} has {meta.vocab_size}")
+
+
 def open_source(args, tokenizer, world):
     """What to train on: the source of tokens, and what is to be said of it."""
     if args.use_cached:
         known = {"vocab_size": args.vqgan_vocab_size or 16384, "img_size": args.img_size or 256}
         cache = open_token_cache(args.cached_path, **known)
         meta = cache.meta
-        if tokenizer and meta.tokenizer_digest and meta.tokenizer_digest != state_digest(tokenizer):
-            raise ValueError(
-                f"--vqgan_path {args.vqgan_path} is {state_digest(tokenizer)}, but {args.cached_path} was made "
-                f"with tokenizer {meta.tokenizer_digest}"
-            )
-        if tokenizer and tokenizer.config.vocab_size != meta.vocab_size:
-            raise ValueError(
-                f"--vqgan_path has {tokenizer.config.vocab_size} codes, {args.cached_path} has {meta.vocab_size}"
-            )
+        if tokenizer:
+            check_tokenizer_made(args, tokenizer, meta)
         if args.img_size not in (None, meta.img_size):
             raise ValueError(f"--img_size is {args.img_size}, {args.cached_path} holds {meta.img_size} px")
         shape = {"grid_size": meta.grid_size, "vocab_size": meta.vocab_size}

@@ -1,7 +1,7 @@
 """Generate images of chosen classes: PNGs, a labelled grid, the order, a film of the image filling in.
 
-    python main_sample.py --pretrained_ckpt assets/fashion_mnist/lpd.safetensors \\
-        --vqgan_path assets/fashion_mnist/tokenizer.safetensors --classes sneaker 8 --output_dir output/samples
+    python main_sample.py --pretrained_ckpt assets/fashion_mnist/lpd.safetensors --classes sneaker 8 \\
+        --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/samples
 
 With --compare_steps N the same images are also made in N steps (64 of 64: one token at a time), timed and put
 beside the others.
@@ -30,17 +30,25 @@ GREY = 128  # of places not generated yet
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Generate images of chosen classes")
-    parser.add_argument("--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)")
+    parser.add_argument(
+        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)"
+    )
     parser.add_argument("--model", help="size of weights that do not say it")
     cli.add_tokenizer_flags(parser)
     parser.add_argument("--output_dir", metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run put into --output_dir")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run put into --output_dir"
+    )
     parser.add_argument("--img_size", type=cli.number(int, 1), help="checked against the weights'")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="indices or names; default: the first ten")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="indices or names; default: the first ten"
+    )
     parser.add_argument("--class_names", metavar="FILE", help="a name per line, for weights that hold none")
     parser.add_argument("--num_per_class", type=cli.number(int, 1), default=8)
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=64)
-    parser.add_argument("--compare_steps", type=cli.number(int, 1), help="make the same images in so many steps too")
+    parser.add_argument(
+        "--compare_steps", type=cli.number(int, 1), help="make the same images in so many steps too"
+    )
     parser.add_argument("--seed", type=cli.number(int, 0), default=0)
     parser.add_argument("--bf16", action="store_true")
     cli.add_device_flags(parser)

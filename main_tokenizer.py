@@ -18,7 +18,9 @@ from util.images import list_images, split_folder
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train a VQ tokenizer on a folder of images")
-    parser.add_argument("--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/ and val/")
+    parser.add_argument(
+        "--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/ and val/"
+    )
     parser.add_argument("--output_dir", metavar="DIR")
     parser.add_argument("--img_size", type=cli.number(int, 1), default=256)
     parser.add_argument("--vocab_size", type=cli.number(int, 2, 65536), default=16384)
@@ -33,7 +35,9 @@ def parse_args(argv=None):
     parser.add_argument("--warmup_steps", type=cli.number(int, 0), default=100)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0)
-    parser.add_argument("--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints")
+    parser.add_argument(
+        "--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints"
+    )
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
 

@@ -146,7 +146,7 @@ def load_lpd(path, model_name=None):
 
 
 def start_from(model, path):
-    """Put weights from a file into a new model; position embeddings are resized to its grid (256 to 512 px)."""
+    """Put weights from a file into a new model, position embeddings resized to its grid (256 to 512 px)."""
     state, _ = read_weights(path)
     if "pos_embed" not in state:
         raise ValueError(f"{path}: no LPD weights: pos_embed is missing")

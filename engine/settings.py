@@ -82,7 +82,9 @@ def resolve_settings(
     """
     num_tokens = grid_size**2
     if group_sizes is not None and generation_steps is not None and len(group_sizes) != generation_steps:
-        raise ValueError(f"--group_sizes has {len(group_sizes)} steps, --generation_steps is {generation_steps}")
+        raise ValueError(
+            f"--group_sizes has {len(group_sizes)} steps, --generation_steps is {generation_steps}"
+        )
     if group_sizes is None:
         group_sizes = cosine_group_sizes(num_tokens, generation_steps or default_steps(num_tokens))
     if repulsion_threshold is None:

@@ -90,7 +90,9 @@ class TrainState:
         """
         checkpoint = load_checkpoint(path)
         if "train_config" not in checkpoint:
-            raise ValueError(f"{path}: weights without training state; start from them with --pretrained_ckpt")
+            raise ValueError(
+                f"{path}: weights without training state; start from them with --pretrained_ckpt"
+            )
         saved, now = checkpoint["train_config"], asdict(config)
         changed = [k for k in now if saved.get(k) != now[k]]
         if changed:
@@ -129,7 +131,10 @@ class CachedTokens:
     def batches(self, plan):
         """(indices, views) pairs -> (tokens int64 [b, L], labels int64 [b]) pairs."""
         for indices, views in plan:
-            yield torch.from_numpy(self.cache.tokens(indices, views)), torch.from_numpy(self.cache.labels[indices])
+            yield (
+                torch.from_numpy(self.cache.tokens(indices, views)),
+                torch.from_numpy(self.cache.labels[indices]),
+            )
 
 
 class EncodedImages:
@@ -156,7 +161,7 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class StepDraws:
-    """The random choices of one step: group sizes for all, and an order for each image of the global batch."""
+    """The random choices of one step: group sizes for all, an order for each image of the global batch."""
 
     group_sizes: tuple[int, ...]
     orders: torch.Tensor  # int64 [global_batch, L]
@@ -237,10 +242,14 @@ class Progress:
             "loss": round(loss, 5),
             "grad_norm": round(self.norm.item() / self.count, 4),
             "lr": learning_rate(self.config, self.config.epoch(step - 1)),
-            "images_per_s": round(self.config.global_batch * self.count / (time.perf_counter() - self.start), 1),
+            "images_per_s": round(
+                self.config.global_batch * self.count / (time.perf_counter() - self.start), 1
+            ),
         }
         if not math.isfinite(loss):
-            raise LossNotFinite(f"loss {loss} in steps {step - self.count + 1}..{step} (seed {self.config.seed})")
+            raise LossNotFinite(
+                f"loss {loss} in steps {step - self.count + 1}..{step} (seed {self.config.seed})"
+            )
         if self.log:
             self.log.write(step, **values)
         self._reset()
@@ -266,7 +275,9 @@ def train(
     def plan():
         for step in range(first, steps):
             parts = step_images(config.num_images, config.seed, config.global_batch, step)
-            yield from zip(*(own_part(part, world.rank, world.size, accum_iter) for part in parts), strict=True)
+            yield from zip(
+                *(own_part(part, world.rank, world.size, accum_iter) for part in parts), strict=True
+            )
 
     def due(every):
         return every > 0 and (

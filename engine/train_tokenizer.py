@@ -164,7 +164,9 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
     used = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     psnrs, shown = [], {}
     show = set(range(0, len(folder), max(1, len(folder) // 8)))
-    for items in tqdm(image_loader(folder, img_size, batches, num_workers), unit="batch", desc="reconstruct", mininterval=2):
+    for items in tqdm(
+        image_loader(folder, img_size, batches, num_workers), unit="batch", desc="reconstruct", mininterval=2
+    ):
         pixels = to_unit(readable_pixels(items)).to(device)
         tokens = model.encode(pixels)
         before, after = to_uint8(pixels).cpu(), to_uint8(model.decode(tokens)).cpu()

@@ -60,7 +60,7 @@ LPD_CONFIGS = {
 
 
 class LabelDropout(nn.Module):
-    """In training, turns a label into NO_LABEL with probability `prob`, so that guidance has its other side."""
+    """In training, turns a label into NO_LABEL with probability `prob`: guidance needs the other branch."""
 
     def __init__(self, prob):
         super().__init__()
@@ -94,7 +94,8 @@ class LPD(nn.Module):
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.label_dropout = LabelDropout(config.label_drop_prob)
         self.blocks = nn.ModuleList(
-            Block(D, config.num_heads, config.mlp_ratio, config.dropout, layer) for layer in range(config.depth)
+            Block(D, config.num_heads, config.mlp_ratio, config.dropout, layer)
+            for layer in range(config.depth)
         )
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
@@ -148,7 +149,10 @@ class LPD(nn.Module):
             raise ValueError(f"group sizes sum to {sum(group_sizes)}, the model has {L} tokens")
         generated = tokens.gather(1, order)  # [B, L], in generation order
         context = torch.cat(
-            [self.embed_labels(self.label_dropout(labels)), self.embed_tokens(generated[:, :-1], order[:, :-1])],
+            [
+                self.embed_labels(self.label_dropout(labels)),
+                self.embed_tokens(generated[:, :-1], order[:, :-1]),
+            ],
             dim=1,
         )  # [B, L, D]
         x = torch.cat([context, self.embed_queries(order)], dim=1)  # [B, 2L, D]

@@ -31,7 +31,9 @@ class VQConfig:
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive ints, not {self.multipliers}")
         if not 1 <= self.vocab_size <= 65536:
-            raise ValueError(f"vocab_size must lie in 1..65536 (tokens are stored as uint16), not {self.vocab_size}")
+            raise ValueError(
+                f"vocab_size must lie in 1..65536 (tokens are stored as uint16), not {self.vocab_size}"
+            )
 
     @property
     def stride(self):
@@ -199,7 +201,9 @@ class VQModel(nn.Module):
         """pixels [B, 3, H, W] in [-1, 1] -> unit vectors [B, h, w, e], before quantisation."""
         height, width = pixels.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
-            raise ValueError(f"image of {width}x{height} pixels is no multiple of the stride {self.config.stride}")
+            raise ValueError(
+                f"image of {width}x{height} pixels is no multiple of the stride {self.config.stride}"
+            )
         z = self.quant_conv(self.encoder(pixels))  # [B, e, h, w]
         return F.normalize(z.permute(0, 2, 3, 1), dim=-1)  # [B, h, w, e]
 

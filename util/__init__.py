@@ -1,1 +1,1 @@
-"""What the programs share that is not the model: flags, processes, images, the token cache, logs, pictures."""
+"""What the programs share: flags, processes, images, the token cache, logs, pictures."""

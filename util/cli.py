@@ -65,20 +65,28 @@ def add_tokenizer_flags(parser):
 
 
 GENERATION_FLAGS = (
-    "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold", "repulsion_threshold",
-    "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
+    "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold",
+    "repulsion_threshold", "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
 )  # fmt: skip
 
 
 def add_generation_flags(parser):
     """How images are decoded: schedule, order, guidance, draws."""
     g = parser.add_argument_group("generation")
-    g.add_argument("--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256")
-    g.add_argument("--group_sizes", type=int, nargs="+", help="tokens of each step, in place of --generation_steps")
-    g.add_argument("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="made when no file")
+    g.add_argument(
+        "--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256"
+    )
+    g.add_argument(
+        "--group_sizes", type=int, nargs="+", help="tokens of each step, in place of --generation_steps"
+    )
+    g.add_argument(
+        "--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="made when no file"
+    )
     g.add_argument("--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json")
     g.add_argument("--proximity_threshold", type=number(float, 0), default=1.0)
-    g.add_argument("--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid")
+    g.add_argument(
+        "--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid"
+    )
     g.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1 is no guidance")
     g.add_argument("--cfg_schedule", default="linear", choices=["linear", "constant"])
     g.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
@@ -166,7 +174,8 @@ def check_fit(args, model, tokenizer, info, digest):
     """Refuse a model and a tokenizer (of that digest), or an --img_size, that do not belong together."""
     if info.get("tokenizer_digest") not in (None, "", digest):
         raise UsageError(
-            f"--pretrained_ckpt was trained with tokenizer {info['tokenizer_digest']}, {args.vqgan_path} is {digest}"
+            f"--pretrained_ckpt was trained with tokenizer {info['tokenizer_digest']}, "
+            f"{args.vqgan_path} is {digest}"
         )
     ours, theirs = model.config.vocab_size, tokenizer.config.vocab_size
     if ours != theirs:

@@ -47,9 +47,7 @@ def labelled_rows(images, row_labels, *, scale=1, title=None):
 def side_by_side(sheets, *, gap=24):
     """Sheets of about one height, left to right on white."""
     height = max(sheet.shape[0] for sheet in sheets)
-    padded = [
-        np.pad(s, ((0, height - s.shape[0]), (0, gap), (0, 0)), constant_values=255) for s in sheets
-    ]
+    padded = [np.pad(s, ((0, height - s.shape[0]), (0, gap), (0, 0)), constant_values=255) for s in sheets]
     return np.concatenate(padded, axis=1)
 
 
@@ -92,11 +90,9 @@ def save_order_map(path, steps_of_cells, title):
     figure, axes = plt.subplots(figsize=(4.5, 4.5))
     axes.imshow(steps_of_cells, cmap="viridis")
     for row, column in np.ndindex(steps_of_cells.shape):
-        dark = steps_of_cells[row, column] < steps_of_cells.max() / 2
-        axes.text(
-            column, row, int(steps_of_cells[row, column]), ha="center", va="center", fontsize=min(12, 90 / side),
-            color="white" if dark else "black",
-        )  # fmt: skip
+        colour = "white" if steps_of_cells[row, column] < steps_of_cells.max() / 2 else "black"
+        text = str(int(steps_of_cells[row, column]))
+        axes.text(column, row, text, ha="center", va="center", fontsize=min(12, 90 / side), color=colour)
     axes.set(xticks=[], yticks=[], title=title)
     with atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")

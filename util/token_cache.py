@@ -109,7 +109,9 @@ class CacheWriter:
 
     def missing_shards(self):
         """Numbers of the shards that are not complete."""
-        return [s for s in range(self.meta.num_shards) if not _shard_file(self.folder, s, "labels.npy").exists()]
+        return [
+            s for s in range(self.meta.num_shards) if not _shard_file(self.folder, s, "labels.npy").exists()
+        ]
 
     def shard_range(self, shard):
         """Indices of the images of a shard."""
@@ -119,7 +121,10 @@ class CacheWriter:
     def write_shard(self, shard, tokens, labels, names):
         """Write tokens [N, 2, L], labels [N] and names [N] of a shard."""
         write_json(_shard_file(self.folder, shard, "names.json"), list(names))
-        for kind, array in (("tokens.npy", tokens.astype(np.uint16)), ("labels.npy", labels.astype(np.int32))):
+        for kind, array in (
+            ("tokens.npy", tokens.astype(np.uint16)),
+            ("labels.npy", labels.astype(np.int32)),
+        ):
             with atomic(_shard_file(self.folder, shard, kind)) as partial, partial.open("wb") as file:
                 np.save(file, array)
 
@@ -142,7 +147,9 @@ def _load_array(path, dtype, shape_tail):
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: cut short or no array ({error})") from None
     if array.dtype != dtype or array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
-        raise ValueError(f"{path}: {array.dtype} {list(array.shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]")
+        raise ValueError(
+            f"{path}: {array.dtype} {list(array.shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]"
+        )
     return array
 
 
@@ -169,7 +176,9 @@ class TokenCache:
         sizes = [len(t) for t in self._tokens]
         expected = self.meta.num_images - len(self.meta.unreadable)
         if sum(sizes) != expected or len(self.labels) != expected:
-            raise ValueError(f"{folder}: {sum(sizes)} images, {len(self.labels)} labels; meta.json says {expected}")
+            raise ValueError(
+                f"{folder}: {sum(sizes)} images, {len(self.labels)} labels; meta.json says {expected}"
+            )
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(self.meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
@@ -223,9 +232,9 @@ class MarCache:
 
     def tokens(self, indices, views):
         """As `TokenCache.tokens`, one file per image."""
-        return np.stack(
-            [self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)]
-        ).astype(np.int64)
+        return np.stack([self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)]).astype(
+            np.int64
+        )
 
 
 def _why_no_cache(folder):
@@ -234,7 +243,9 @@ def _why_no_cache(folder):
         done = meta.num_shards - sum(
             not _shard_file(folder, s, "labels.npy").exists() for s in range(meta.num_shards)
         )
-        return f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
+        return (
+            f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
+        )
     return f"{folder} is no token cache: no meta.json"
 
 
