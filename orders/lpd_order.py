@@ -19,7 +19,6 @@ from orders.schedule import check_group_sizes
 
 ORDER_KINDS = ("lpd", "raster", "random", "halton")
 LARGEST_GRID = 256  # positions are uint16
-LARGEST_LPD_GRID = 64  # 1024 px; the tables of [L, L] take 6 L**2 bytes, 100 MB
 CELLS_PER_CHUNK = 1 << 16  # so many are worked on at a time: the arrays of one chunk fit in an L2 cache
 
 ORTHOGONAL = 5  # weight of an orthogonal neighbour in a neighbour code; up to 4 diagonal ones have weight 1
@@ -117,10 +116,10 @@ def lpd_orders(
     `repulsion_threshold` (Chebyshev, in cells) from those the group has; the rest comes by farthest-point
     sampling. All ties are broken at random.
 
-    `proximity_threshold` >= 0 (infinite: never near); `repulsion_threshold` >= 0 (below 1: no repulsion);
-    `grid_size` up to LARGEST_LPD_GRID. Row i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0 or
-    more, by default 0..n-1. Memory is the result, a few MB and tables of 6 L**2 bytes. Raises ValueError for
-    group sizes that do not start with 1 or do not sum to L, and for anything else out of range.
+    `proximity_threshold` >= 0 (infinite: never near); `repulsion_threshold` >= 0 (below 1: no repulsion). Row
+    i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0 or more, by default 0..n-1. Memory is the
+    result, a few MB and tables of about 12 grid_size**3 bytes. Raises ValueError for group sizes that do not
+    start with 1 or do not sum to L, and for anything else out of range.
     """
     num_tokens = _num_tokens(grid_size)
     group_sizes = check_group_sizes(group_sizes, num_tokens)
@@ -132,19 +131,22 @@ def lpd_orders(
 
 
 class _Rules(NamedTuple):
-    """What the algorithm looks up, for one grid and one pair of thresholds."""
+    """What the algorithm looks up, for one grid and one pair of thresholds.
+
+    The table of a cell tells how each position lies to it: `apart[window[cell]]`, `distance[window[cell]]`.
+    The tables of all cells are overlapping windows of one small array, so that they stay in the cache.
+    """
 
     grid_size: int
     nearness: np.ndarray  # uint32 [50]: neighbour code -> rank of its score above the tie bits; 0 if not near
-    apart: np.ndarray  # uint32 [L, L]: all ones where two cells may share a group, else 0
-    distance: np.ndarray  # uint16 [L, L]: squared distance of two cells
+    window: np.ndarray  # int64 [L]
+    apart: np.ndarray  # uint32 [windows, L]: all ones where two cells may share a group, else 0
+    distance: np.ndarray  # unsigned [windows, L]: squared distance of two cells
     unreached: int  # a squared distance above all on the grid: that of a cell from an empty group
 
 
 @functools.lru_cache(maxsize=4)
 def _rules(grid_size: int, proximity_threshold: float, repulsion_threshold: float) -> _Rules:
-    if grid_size > LARGEST_LPD_GRID:
-        raise ValueError(f"grid size must be {LARGEST_LPD_GRID} or less for lpd orders, not {grid_size}")
     for name, value in (("proximity", proximity_threshold), ("repulsion", repulsion_threshold)):
         if not value >= 0:
             raise ValueError(f"{name} threshold must be 0 or more, not {value}")
@@ -153,11 +155,21 @@ def _rules(grid_size: int, proximity_threshold: float, repulsion_threshold: floa
     nearness = np.zeros(2 * OCCUPIED, np.uint32)
     nearness[:OCCUPIED] = np.where(score >= proximity_threshold, rank << SCORE_TIE_BITS, 0)
 
-    y, x = np.divmod(np.arange(grid_size**2, dtype=np.int16), np.int16(grid_size))
-    dy, dx = np.abs(y[:, None] - y), np.abs(x[:, None] - x)  # [L, L]
-    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, EVERY_BIT, np.uint32(0))
-    distance = (dy * dy + dx * dx).astype(np.uint16)
-    return _Rules(grid_size, nearness, apart, distance, unreached=2 * (grid_size - 1) ** 2 + 1)
+    column = np.arange(grid_size)
+    dy = np.abs(np.arange(1 - grid_size, grid_size))[:, None]  # [2S - 1, 1]
+    dx = np.abs(column[:, None, None] - column)  # [S, 1, S]: from each column to each
+    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, EVERY_BIT, np.uint32(0))  # [S, 2S - 1, S]
+    unreached = 2 * (grid_size - 1) ** 2 + 1
+    distance = (dy**2 + dx**2).astype(np.min_scalar_type(unreached))
+    y, x = np.divmod(np.arange(grid_size**2), grid_size)
+    window = x * len(dy) + grid_size - 1 - y  # the rows of its column's plane from -y to grid_size - 1 - y
+    return _Rules(grid_size, nearness, window, _windows(apart), _windows(distance), unreached)
+
+
+def _windows(planes: np.ndarray) -> np.ndarray:
+    """All runs of S rows in `planes` [S, 2S - 1, S], as a view [windows, L]."""
+    num_tokens = len(planes) ** 2
+    return np.lib.stride_tricks.sliding_window_view(planes.reshape(-1), num_tokens)[:: len(planes)]
 
 
 def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.ndarray:
@@ -177,14 +189,15 @@ def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.n
         codes = _neighbour_codes(occupied, rules.grid_size)
         near = np.take(rules.nearness, codes, mode="clip")  # [n, L]
         near |= bits.astype(np.uint32) >> np.uint32(32 - SCORE_TIE_BITS)
-        picks, taken = _take_near(near, size, rules.apart)
+        picks, taken = _take_near(near, size, rules)
         rows = np.argsort(taken, kind="stable")
         rows = rows[: np.searchsorted(taken[rows], size)]
         if len(rows):
             tie = (bits[rows] >> np.uint64(32)).astype(np.uint32)
-            picks[rows] = _take_farthest(picks[rows], taken[rows], codes[rows] < OCCUPIED, tie, rules)
-        occupied[np.arange(len(keys))[:, None], padded[picks]] = 1
-        order[:, start : start + size] = picks
+            free = codes[rows] < OCCUPIED
+            picks[:, rows] = _take_farthest(picks[:, rows], taken[rows], free, tie, rules)
+        occupied[np.arange(len(keys)), padded[picks]] = 1
+        order[:, start : start + size] = picks.T
         start += size
     return order
 
@@ -206,45 +219,44 @@ def _neighbour_codes(occupied: np.ndarray, grid_size: int) -> np.ndarray:
     return codes.reshape(-1, side, side)[:, 1:-1, 1:-1].reshape(len(occupied), -1)
 
 
-def _take_near(near: np.ndarray, size: int, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _take_near(near: np.ndarray, size: int, rules: _Rules) -> tuple[np.ndarray, np.ndarray]:
     """Take up to `size` near cells of each order, highest key first; each bars the cells around it.
 
     `near` uint32 [n, L] holds the keys, near from LEAST_NEAR up, and is changed. Returns the cells, int64
-    [n, size], and how many of each row are valid, int64 [n].
+    [size, n], and how many of each order are valid, int64 [n]: once an order has none left, it stays so.
     """
-    picks = np.zeros((len(near), size), np.int64)
-    taken = np.zeros(len(near), np.int64)
-    rows, allowed = np.arange(len(near)), np.empty_like(near)
+    picks = np.zeros((size, len(near)), np.int64)
+    keys = np.zeros((size, len(near)), np.uint32)
+    row_starts = np.arange(len(near)) * near.shape[1]
     for i in range(size):
         if i:
-            near &= np.take(apart, picks[:, i - 1], axis=0, out=allowed, mode="clip")
-        picks[:, i] = near.argmax(axis=1)
-        found = near[rows, picks[:, i]] >= LEAST_NEAR
-        if not found.any():
+            near &= rules.apart[rules.window[picks[i - 1]]]
+        near.argmax(axis=1, out=picks[i])
+        near.take(row_starts + picks[i], out=keys[i], mode="clip")
+        if keys[i].max() < LEAST_NEAR:
             break
-        taken += found
-    return picks, taken
+    return picks, (keys >= LEAST_NEAR).sum(axis=0)
 
 
 def _take_farthest(
     picks: np.ndarray, taken: np.ndarray, free: np.ndarray, tie: np.ndarray, rules: _Rules
 ) -> np.ndarray:
-    """Complete `picks` int64 [n, size], of which the first `taken` [n] are valid, by farthest-point sampling.
+    """Complete `picks` int64 [size, n], the first `taken` [n] of which are valid, by farthest-point sampling.
 
-    `taken` does not fall, so that the rows which sample their i-th cell come before those which have it.
+    `taken` does not fall, so that the orders which sample their i-th cell come before those which have it.
     """
     tie_bits = 32 - rules.unreached.bit_length()
     tie >>= np.uint32(32 - tie_bits)
-    distance = np.where(free, np.uint16(rules.unreached), np.uint16(0))  # [n, L], from the group
-    to_last, key = np.empty_like(distance), np.empty_like(tie)
-    for i in range(picks.shape[1]):
+    distance = free * rules.distance.dtype.type(rules.unreached)  # [n, L], from the group
+    key = np.empty_like(tie)
+    sampling = np.searchsorted(taken, np.arange(len(picks)), side="right").tolist()
+    for i, m in enumerate(sampling):
         if i:
-            np.take(rules.distance, picks[:, i - 1], axis=0, out=to_last, mode="clip")
-            np.minimum(distance, to_last, out=distance)
-        sampling = slice(np.searchsorted(taken, i, side="right"))
-        np.left_shift(distance[sampling], tie_bits, out=key[sampling], dtype=np.uint32)
-        key[sampling] |= tie[sampling]
-        picks[sampling, i] = key[sampling].argmax(axis=1)
+            np.minimum(distance, rules.distance[rules.window[picks[i - 1]]], out=distance)
+        if m:
+            np.left_shift(distance[:m], tie_bits, out=key[:m], dtype=np.uint32)
+            np.bitwise_or(key[:m], tie[:m], out=key[:m])
+            key[:m].argmax(axis=1, out=picks[i, :m])
     return picks
 
 

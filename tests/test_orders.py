@@ -90,6 +90,14 @@ def test_an_infinite_proximity_threshold_leaves_farthest_points_only():
     assert all(pick.distance == pick.best_distance for pick in records)
 
 
+def test_all_25_scores_are_ranked_and_those_below_the_threshold_are_not_near():
+    nearness = lpd_order._rules(8, 1.5, 1.0).nearness[: lpd_order.OCCUPIED]
+    score = [orthogonal + diagonal / math.sqrt(2) for orthogonal in range(5) for diagonal in range(5)]
+    assert [bool(rank) for rank in nearness] == [s >= 1.5 for s in score]
+    near = np.flatnonzero(nearness)
+    np.testing.assert_array_equal(near[nearness[near].argsort()], near[np.array(score)[near].argsort()])
+
+
 # the same distribution as the reference
 
 
@@ -127,6 +135,19 @@ def test_whole_orders_of_a_tiny_grid_are_as_frequent_as_in_the_reference():
         np.bincount([kinds[outcome] for outcome in side], minlength=len(kinds)) for side in (plain, fast)
     ]
     assert stats.chi2_contingency(table).pvalue > 1e-6
+
+
+def test_each_group_draws_random_bits_of_its_own(monkeypatch):
+    drawn = []
+    bits = lpd_order._random_bits
+
+    def recorded(keys, first, count):
+        drawn.extend(range(first, first + count))
+        return bits(keys, first, count)
+
+    monkeypatch.setattr(lpd_order, "_random_bits", recorded)
+    orders_of(8, 12, 2, 1)
+    assert len(drawn) == len(set(drawn)) == 12 * 64
 
 
 def test_ties_of_distance_are_broken_evenly():
@@ -228,7 +249,7 @@ def test_no_orders_are_an_empty_array():
     [
         ({"group_sizes": (1, 14)}, "sum to 15, but there are 16"),
         ({"grid_size": 0}, "grid size must be from 1 to 256, not 0"),
-        ({"grid_size": 65, "group_sizes": (1, 4224)}, "64 or less for lpd orders, not 65"),
+        ({"grid_size": 257, "group_sizes": (1, 66048)}, "grid size must be from 1 to 256, not 257"),
         ({"proximity_threshold": -1}, "proximity threshold must be 0 or more, not -1"),
         ({"repulsion_threshold": math.nan}, "repulsion threshold must be 0 or more, not nan"),
         ({"image_ids": np.arange(4)}, "must be 3 numbers"),

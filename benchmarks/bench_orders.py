@@ -1,0 +1,152 @@
+"""Time the order generator: `python benchmarks/bench_orders.py --output_file benchmarks/results/orders_NAME`.
+
+For two of the published files, one of each image size, it measures in one run: wall and processor time of
+all orders; the plain reference of the tests on a few; the bytes that the array passes over the cells move,
+against the rate at which one such pass moves bytes here; and the peak memory. Writes NAME.json and NAME.md,
+with the machine's load beside the figures. Knows nothing of files: what is timed is making the orders.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+import numpy as np  # noqa: E402
+from reference_orders import reference_order  # noqa: E402
+
+from orders import lpd_order  # noqa: E402
+from orders.run_lpd_order import generate_orders  # noqa: E402
+from orders.schedule import cosine_group_sizes  # noqa: E402
+
+CASES = {  # grid size, steps, repulsion threshold, reference orders, most seconds
+    "256 px, 20 steps, repulsion 2": (16, 20, 2, 40, 10),
+    "512 px, 48 steps, repulsion 4": (32, 48, 4, 4, 60),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the order generator.")
+    parser.add_argument("--num_runs", type=int, default=60000, help="orders of each case")
+    parser.add_argument("--max_workers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--output_file", type=Path, help="name of the results, without suffix")
+    args = parser.parse_args()
+    results = {
+        "machine": {"processor": processor_name(), "cpus": os.cpu_count(), "numpy": np.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+        "orders": args.num_runs,
+        "workers": args.max_workers,
+        "cases": {name: measured(case, args.num_runs, args.max_workers) for name, case in CASES.items()},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    text = as_markdown(results)
+    print(text)
+    if args.output_file:
+        args.output_file.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        args.output_file.with_suffix(".md").write_text(text)
+
+
+def measured(case: tuple, num_orders: int, workers: int) -> dict:
+    grid_size, steps, repulsion, num_reference, limit = case
+    sizes = cosine_group_sizes(grid_size**2, steps)
+    settings = {"kind": "lpd", "group_sizes": sizes, "grid_size": grid_size, "repulsion_threshold": repulsion}
+    load = os.getloadavg()[0]
+    wall, cpu = time.perf_counter(), time.process_time()
+    kept = np.concatenate(list(generate_orders(num_orders, workers, settings)))  # as a program keeps them
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    assert len(kept) == num_orders
+    del kept
+    begin, rng = time.perf_counter(), random.Random(0)
+    for _ in range(num_reference):
+        reference_order(sizes, grid_size, 1.0, repulsion, rng)
+    reference = (time.perf_counter() - begin) / num_reference
+    per_order = bytes_per_order(sizes, grid_size, repulsion)
+    return {
+        "seconds": round(wall, 2),
+        "limit_seconds": limit,
+        "processor_seconds": round(cpu, 2),
+        "microseconds_per_order": round(1e6 * wall / num_orders, 1),
+        "reference_orders": num_reference,
+        "reference_seconds_per_order": round(reference, 4),
+        "times_faster_than_reference": round(reference * num_orders / wall),
+        "load_before": round(load, 2),
+        "load_after": round(os.getloadavg()[0], 2),
+        "megabytes_moved_per_order": round(per_order / 1e6, 2),
+        "gb_per_processor_second": round(per_order * num_orders / cpu / 1e9, 1),
+        "gb_per_second_of_one_pass": round(rate_of_one_pass(grid_size), 1),
+    }
+
+
+def bytes_per_order(group_sizes: tuple[int, ...], grid_size: int, repulsion: float) -> float:
+    """Bytes read and written, an order, by the passes over all cells that each pick makes: inner loops only.
+
+    Counted on one chunk, from what the two inner functions take and return. A near pick: argmax (4 bytes a
+    cell), tables copied (8), and-ed (12). A pick folded into the distances: tables copied (4), least taken
+    (6); a sampled one: widened (6), tie bits (12), argmax (4).
+    """
+    chunk = max(1, lpd_order.CELLS_PER_CHUNK // grid_size**2)
+    moved = 0
+    take_near, take_farthest = lpd_order._take_near, lpd_order._take_farthest
+
+    def counted_near(near, size, rules):
+        nonlocal moved
+        picks, taken = take_near(near, size, rules)
+        moved += near.size * 24 * min(size, taken.max() + 1)
+        return picks, taken
+
+    def counted_farthest(picks, taken, free, tie, rules):
+        nonlocal moved
+        moved += free.size * 10 * len(picks) + free.shape[1] * 22 * (len(picks) - taken).sum()
+        return take_farthest(picks, taken, free, tie, rules)
+
+    lpd_order._take_near, lpd_order._take_farthest = counted_near, counted_farthest
+    try:
+        lpd_order.lpd_orders(chunk, group_sizes, grid_size, repulsion_threshold=repulsion)
+    finally:
+        lpd_order._take_near, lpd_order._take_farthest = take_near, take_farthest
+    return float(moved) / chunk
+
+
+def rate_of_one_pass(grid_size: int) -> float:
+    """GB/s, read and written, of a plain and of two arrays of a chunk's size on one core: the best of 200."""
+    keys = np.ones(lpd_order.CELLS_PER_CHUNK // grid_size**2 * grid_size**2, np.uint32)
+    allowed = np.ones_like(keys)
+    best = float("inf")
+    for _ in range(200):
+        begin = time.perf_counter()
+        np.bitwise_and(keys, allowed, out=keys)
+        best = min(best, time.perf_counter() - begin)
+    return keys.size * 12 / best / 1e9
+
+
+def processor_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def as_markdown(results: dict) -> str:
+    machine = results["machine"]
+    lines = [
+        f"# {results['orders']:,} locality-aware orders, {results['date']}",
+        "",
+        f"{machine['processor']}, {machine['cpus']} CPUs, {results['workers']} threads, "
+        f"NumPy {machine['numpy']}. Peak memory {results['peak_memory_gb']} GB. Made, not written to files.",
+        "",
+        "| | " + " | ".join(results["cases"]) + " |",
+        "|---|" + "---|" * len(results["cases"]),
+    ]
+    for key in next(iter(results["cases"].values())):
+        cells = " | ".join(str(case[key]) for case in results["cases"].values())
+        lines.append(f"| {key.replace('_', ' ')} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
