@@ -17,7 +17,7 @@ def _check(model, labels, order, group_sizes, cfg_schedule):
         raise ValueError(f"order is {list(order.shape)}, needed is [{len(labels)}, {config.num_tokens}]")
     if not group_sizes or min(group_sizes) < 1 or sum(group_sizes) != config.num_tokens:
         raise ValueError(
-            f"{len(group_sizes)} group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens} tokens"
+            f"{len(group_sizes)} group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens}"
         )
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}, not linear or constant")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from models.lpd import LPD, LPDConfig, lpd_loss
 from util import dist
 from util.images import image_loader, readable_pixels, to_unit
@@ -304,4 +304,13 @@ def train(
                 function(state)
                 state.model.train()
     bar.close()
+    if world.is_main:
+        export(state, config, output_dir, info)
     dist.barrier()
+
+
+def export(state, config, output_dir, info):
+    """Write the weights alone, the moving average where there is one, as `lpd.safetensors`."""
+    model = LPD(config.model)
+    model.load_state_dict(state.ema or state.model.state_dict())
+    save_weights(Path(output_dir) / "lpd.safetensors", model, **info, train_config=asdict(config))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets up, then generates Fashion-MNIST images with the weights in assets/, in 8 steps and one token at a
+# time, and says where the pictures are. From anywhere, no GPU needed.
+#   bash scripts/demo.sh            under two minutes after set-up
+#   bash scripts/demo.sh --train    makes its own small weights from scratch first (about half an hour on two
+#                                   cores); TOKENIZER_EPOCHS and LPD_EPOCHS make that longer or shorter
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+train=0
+if [[ ${1:-} == --train ]]; then
+    train=1
+    shift
+fi
+
+bash "$repo/environment_setup.sh"
+python=$repo/.venv/bin/python
+
+lpd=$repo/assets/fashion_mnist/lpd.safetensors
+tokenizer=$repo/assets/fashion_mnist/tokenizer.safetensors
+if [[ $train == 1 ]]; then
+    work=$repo/output/demo_train
+    TOKENIZER_EPOCHS=${TOKENIZER_EPOCHS:-0.5} LPD_EPOCHS=${LPD_EPOCHS:-2} \
+        bash "$repo/scripts/fashion_mnist.sh" "$work"
+    lpd=$work/lpd/lpd.safetensors
+    tokenizer=$work/tokenizer/tokenizer.safetensors
+fi
+
+"$python" "$repo/main_sample.py" --pretrained_ckpt "$lpd" --vqgan_path "$tokenizer" \
+    --num_per_class 8 --generation_steps 8 --compare_steps 64 --cfg 3 \
+    --output_dir "$repo/output/demo" --overwrite "$@"
