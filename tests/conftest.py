@@ -1,0 +1,43 @@
+"""Fixtures that several test files share: tiny models with seeded weights, and the golden values."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.lpd import LPD, LPDConfig
+from models.vqgan import VQConfig, VQModel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def tiny_config():
+    """4x4 tokens of 32 codes, 5 classes."""
+    return LPDConfig(grid_size=4, vocab_size=32, num_classes=5, embed_dim=32, depth=2, num_heads=4)
+
+
+@pytest.fixture
+def tiny_lpd(tiny_config):
+    """A new `LPD(tiny_config)` in eval mode, the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LPD(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_vq():
+    """A new `VQModel` of stride 2 and as many codes as `tiny_config`, in eval mode, the same weights each time."""
+    config = VQConfig(vocab_size=32, code_dim=4, base_width=32, multipliers=(1, 2), num_res_blocks=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VQModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of golden values (its README says what is there); skips where it is not."""
+    folder = REPOSITORY.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no golden values: {folder} is not there")
+    return folder
