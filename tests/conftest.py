@@ -27,7 +27,7 @@ def tiny_lpd(tiny_config):
 
 @pytest.fixture
 def tiny_vq():
-    """A new `VQModel` of stride 2 and as many codes as `tiny_config`, in eval mode, the same weights each time."""
+    """A new `VQModel` of stride 2, with the codes of `tiny_config`, in eval mode, always the same weights."""
     config = VQConfig(vocab_size=32, code_dim=4, base_width=32, multipliers=(1, 2), num_res_blocks=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
