@@ -20,12 +20,15 @@ from tqdm import tqdm
 from engine.checkpoint import load_lpd, load_tokenizer, state_digest
 from engine.generate import generate_images, generate_tokens
 from engine.settings import resolve_settings
+from models.lpd import LPD_CONFIGS
 from orders.measure import steps_of_cells
 from orders.schedule import cosine_group_sizes
 from util import cli, dist, pictures
+from util.files import write_json
 from util.images import to_uint8
 
 GREY = 128  # of places not generated yet
+RECORD = "sample.json"  # what was made and how; marks a folder as ours
 
 
 def parse_args(argv=None):
@@ -33,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)"
     )
-    parser.add_argument("--model", help="size of weights that do not say it")
+    parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="size of weights that do not say it")
     cli.add_tokenizer_flags(parser)
     parser.add_argument("--output_dir", metavar="DIR")
     parser.add_argument(
@@ -80,12 +83,18 @@ def find_class(text, names):
 
 
 def prepare_output(args):
-    """Refuse to mix with what is there; with --overwrite, clear what an earlier run of ours wrote."""
+    """Refuse to mix with what is there; with --overwrite, clear the images of an earlier run of ours."""
     folder = cli.writable_folder("--output_dir", args.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        if not args.overwrite:
-            raise cli.UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
-        shutil.rmtree(folder / "images", ignore_errors=True)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not args.overwrite:
+        raise cli.UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
+    if not (folder / RECORD).exists():
+        raise cli.UsageError(
+            f"--output_dir {folder} holds no {RECORD}: not made by this program, not overwritten"
+        )
+    for images in folder.glob("images*"):
+        shutil.rmtree(images)
 
 
 def generate(model, tokenizer, settings, labels, batch_size, device):
@@ -142,7 +151,7 @@ def table(rows):
 
 
 def load(args, device):
-    """Model, tokenizer, settings, labels and class names, all checked."""
+    """Model, tokenizer, the settings to generate with (one or two), labels and class names, all checked."""
     tokenizer = load_tokenizer(args.vqgan_path)
     cli.check_tokenizer_flags(args, tokenizer.config)
     model, info = load_lpd(args.pretrained_ckpt, args.model)
@@ -150,15 +159,33 @@ def load(args, device):
     names = class_names(args, model.config.num_classes, info)
     chosen = args.classes or [str(i) for i in range(min(10, len(names)))]
     labels = torch.tensor([find_class(text, names) for text in chosen]).repeat_interleave(args.num_per_class)
-    settings = resolve_settings(
-        model.config.grid_size, num_images=len(labels), **{k: getattr(args, k) for k in cli.GENERATION_FLAGS}
-    )
-    other = None
+    chosen_settings = {k: getattr(args, k) for k in cli.GENERATION_FLAGS}
+    variants = [resolve_settings(model.config.grid_size, num_images=len(labels), **chosen_settings)]
     if args.compare_steps:
         sizes = cosine_group_sizes(model.config.num_tokens, args.compare_steps)
-        other = dataclasses.replace(settings, group_sizes=sizes)
+        variants.append(dataclasses.replace(variants[0], group_sizes=sizes))
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return model.to(device, dtype), tokenizer.to(device), settings, other, labels, names
+    return model.to(device, dtype), tokenizer.to(device), variants, labels, names
+
+
+def make_variant(args, output, model, tokenizer, settings, labels, names, device):
+    """Generate and save the images of one setting; its sheet, and its row of the table."""
+    steps = len(settings.group_sizes)
+    images, seconds = generate(model, tokenizer, settings, labels, args.batch_size, device)
+    save_images(output / f"images_{steps}_steps", images, labels, names)
+    rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[:: args.num_per_class].tolist()]
+    sheet = pictures.labelled_rows(images, rows, scale=max(1, 64 // images.shape[1]), title=f"{steps} steps")
+    return sheet, (f"{settings.order} order", steps, seconds / len(labels))
+
+
+def save_film_and_order(output, model, tokenizer, settings, labels, num_per_class):
+    """The film of the first image of each class (ten at most), and the order of the first image."""
+    shown = list(range(0, len(labels), num_per_class))[:10]
+    frames = film(model, tokenizer, settings, labels[shown], shown, columns=min(5, len(shown)))
+    pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
+    cells = steps_of_cells(settings.orders([0]).numpy(), settings.group_sizes)[0]
+    title = f"{settings.order} order, {len(settings.group_sizes)} steps"
+    pictures.save_order_map(output / "order.png", cells.reshape(settings.grid_size, -1), title)
 
 
 def main(argv=None):
@@ -168,34 +195,26 @@ def main(argv=None):
     cli.existing_file("--vqgan_path", args.vqgan_path)
     with cli.checking():
         world = dist.init(args.device)
-        model, tokenizer, settings, other, labels, names = load(args, world.device)
+        model, tokenizer, variants, labels, names = load(args, world.device)
         prepare_output(args)
     output = Path(args.output_dir)
-
-    steps = len(settings.group_sizes)
-    rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[:: args.num_per_class].tolist()]
-    images, seconds = generate(model, tokenizer, settings, labels, args.batch_size, world.device)
-    results = [(f"{settings.order} order", steps, seconds / len(labels))]
-    save_images(output / "images", images, labels, names)
-    scale = max(1, 64 // images.shape[1])
-    sheets = [pictures.labelled_rows(images, rows, scale=scale, title=f"{steps} steps")]
+    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16}
+    write_json(output / RECORD, record)
+    made = [
+        make_variant(args, output, model, tokenizer, settings, labels, names, world.device)
+        for settings in variants
+    ]
+    sheets, results = zip(*made, strict=True)
     pictures.save_png(output / "grid.png", sheets[0])
-    if other:
-        n = len(other.group_sizes)
-        images, seconds = generate(model, tokenizer, other, labels, args.batch_size, world.device)
-        results.append((f"{other.order} order", n, seconds / len(labels)))
-        save_images(output / f"images_{n}_steps", images, labels, names)
-        sheets.append(pictures.labelled_rows(images, rows, scale=scale, title=f"{n} steps"))
+    if len(sheets) > 1:
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
-    shown = list(range(0, len(labels), args.num_per_class))[:10]
-    frames = film(model, tokenizer, settings, labels[shown], shown, columns=min(5, len(shown)))
-    pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
-    cells = steps_of_cells(settings.orders([0]).numpy(), settings.group_sizes)[0]
-    pictures.save_order_map(
-        output / "order.png", cells.reshape(settings.grid_size, -1), f"{settings.order} order, {steps} steps"
-    )
+    save_film_and_order(output, model, tokenizer, variants[0], labels, args.num_per_class)
+    record["seconds_per_image"] = {f"{steps} steps": round(seconds, 5) for _, steps, seconds in results}
+    write_json(output / RECORD, record)
     print(table(results))
-    print(f"pictures: {output}/grid.png, order.png, film.gif{', comparison.png' if other else ''}")
+    print(
+        f"pictures: {output}/grid.png, order.png, film.gif{', comparison.png' if args.compare_steps else ''}"
+    )
     dist.finish()
 
 
