@@ -163,6 +163,8 @@ def load(args, device):
     variants = [resolve_settings(model.config.grid_size, num_images=len(labels), **chosen_settings)]
     if args.compare_steps:
         sizes = cosine_group_sizes(model.config.num_tokens, args.compare_steps)
+        if len(sizes) == len(variants[0].group_sizes):
+            raise ValueError(f"--compare_steps {len(sizes)} is what is compared with: give another number")
         variants.append(dataclasses.replace(variants[0], group_sizes=sizes))
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     return model.to(device, dtype), tokenizer.to(device), variants, labels, names

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from util import dist
-from util.images import image_loader, to_unit
+from util.images import image_loader, in_order, to_unit
 
 
 @torch.inference_mode()
@@ -32,8 +32,7 @@ def encode_shards(writer, tokenizer, folder, world, *, batch_size, num_workers, 
     progress = tqdm(total=mine, unit="img", disable=not world.is_main, mininterval=1)
     all_errors = []
     for shard in shards:
-        indices = list(writer.shard_range(shard))
-        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        batches = in_order(writer.shard_range(shard), batch_size)
         tokens, kept, errors = [np.empty((0, 2, writer.meta.num_tokens))], [], []
         for items in image_loader(folder, writer.meta.img_size, batches, num_workers):
             good = [(i, image) for i, image in items if not isinstance(image, str)]

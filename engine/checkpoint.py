@@ -26,21 +26,29 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, partial)
 
 
+def _reason(error):
+    """The telling line of an error of torch.load, whose first lines may be advice to read the file unsafely."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if "nsupported" in line), lines[0])
+
+
 def load_checkpoint(path):
     """Read a `.pth` file's dict on the CPU. Nothing in the file is run: `weights_only`, and of classes only
     `argparse.Namespace`, which the released checkpoints hold.
 
     Raises:
         ValueError: cut short, no checkpoint, or one that holds code.
+        OSError: the file cannot be opened.
     """
+    with open(path, "rb"):
+        pass
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: refused, not plain weights ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cut short or no checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)})") from None
+    except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
+        raise ValueError(f"{path}: cut short or no checkpoint ({_reason(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -98,6 +106,8 @@ def load_state(model, state, path):
 def load_tokenizer(path):
     """A `VQModel` in eval mode from its weights; without a config in the file it must be VQ-16."""
     state, info = read_weights(path)
+    if "quantize.embedding.weight" not in state:
+        raise ValueError(f"{path}: no tokenizer weights: quantize.embedding.weight is missing")
     model = VQModel(VQConfig(**info.get("config", {})))
     load_state(model, state, path)
     return model.eval().requires_grad_(False)

@@ -150,13 +150,11 @@ class EncodedImages:
         Raises:
             UnreadableImage: naming the file.
         """
-        plan = list(plan)
-        loader = image_loader(self.folder, self.img_size, [i.tolist() for i, _ in plan], self.num_workers)
-        for items, (indices, views) in zip(loader, plan, strict=True):
-            pixels = to_unit(readable_pixels(items, views)).to(self.device)
-            with torch.inference_mode():
-                tokens = self.tokenizer.encode(pixels)
-            yield tokens.clone(), torch.from_numpy(self.folder.labels[indices])
+        for items in image_loader(self.folder, self.img_size, plan, self.num_workers):
+            indices, pixels = readable_pixels(items)
+            with torch.no_grad():
+                tokens = self.tokenizer.encode(to_unit(pixels).to(self.device))
+            yield tokens, torch.from_numpy(self.folder.labels[indices])
 
 
 @dataclass(frozen=True)

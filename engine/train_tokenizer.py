@@ -16,7 +16,7 @@ from engine.batches import num_steps, own_part, step_images
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
-from util.images import image_loader, readable_pixels, to_uint8, to_unit
+from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
 from util.logging import MetricsLog
 
 
@@ -116,16 +116,19 @@ def revive_dead_codes(state, latents, seed):
 
 def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, save_every=500, log_every=50):
     """Train from `state.step` to the end; checkpoints and `metrics.jsonl` go to `output_dir`."""
-    steps = num_steps(len(folder), config.epochs, config.batch_size)
+    steps, first = num_steps(len(folder), config.epochs, config.batch_size), state.step
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
     log = MetricsLog(output_dir, resume_step=state.step) if world.is_main else None
-    plan = [step_images(len(folder), config.seed, config.batch_size, s) for s in range(state.step, steps)]
-    plan = [[own_part(part, world.rank, world.size, 1)[0] for part in step] for step in plan]
-    loader = image_loader(folder, config.img_size, [indices.tolist() for indices, _ in plan], num_workers)
+
+    def plan():
+        for step in range(first, steps):
+            parts = step_images(len(folder), config.seed, config.batch_size, step)
+            yield [own_part(part, world.rank, world.size, 1)[0].tolist() for part in parts]
+
     progress = tqdm(total=steps, initial=state.step, unit="step", disable=not world.is_main, mininterval=5)
-    for items, (_, views) in zip(loader, plan, strict=True):
-        pixels = to_unit(readable_pixels(items, views)).to(world.device)
+    for items in image_loader(folder, config.img_size, plan(), num_workers):
+        pixels = to_unit(readable_pixels(items)[1]).to(world.device)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step, steps)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
@@ -160,14 +163,14 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
         Second, a sheet of 8 originals over their reconstructions, uint8 [H, W, 3].
     """
     model.eval()
-    batches = [list(range(i, min(i + batch_size, len(folder)))) for i in range(0, len(folder), batch_size)]
+    batches = list(in_order(range(len(folder)), batch_size))
     used = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     psnrs, shown = [], {}
     show = set(range(0, len(folder), max(1, len(folder) // 8)))
     for items in tqdm(
         image_loader(folder, img_size, batches, num_workers), unit="batch", desc="reconstruct", mininterval=2
     ):
-        pixels = to_unit(readable_pixels(items)).to(device)
+        pixels = to_unit(readable_pixels(items)[1]).to(device)
         tokens = model.encode(pixels)
         before, after = to_uint8(pixels).cpu(), to_uint8(model.decode(tokens)).cpu()
         used[tokens.flatten().cpu()] = True

@@ -101,7 +101,10 @@ def to_uint8(pixels):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Images of a folder, by index, as (index, uint8 [size, size, 3]) or (index, error text)."""
+    """Images of a folder, by (index, view), as (index, uint8 [size, size, 3]) or (index, error text).
+
+    View 1 is the mirrored image.
+    """
 
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
@@ -109,22 +112,34 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.folder)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index_and_view):
+        index, view = index_and_view
         try:
-            return index, load_image(self.folder.root / self.folder.names[index], self.size)
+            pixels = load_image(self.folder.root / self.folder.names[index], self.size)
         except UnreadableImage as error:
             return index, str(error)
+        return index, pixels[:, ::-1] if view else pixels
 
 
 def image_loader(folder, size, batches, num_workers):
-    """A DataLoader over lists of indices; each item is a list of what `ImageDataset` gives."""
+    """A DataLoader over an iterable of (indices, views) pairs, read as they are needed; each item is the list
+    of what `ImageDataset` gives for them."""
+    pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
     return torch.utils.data.DataLoader(
-        ImageDataset(folder, size), batch_sampler=batches, num_workers=num_workers, collate_fn=list
+        ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list
     )
 
 
-def readable_pixels(items, views=None):
-    """A loader's item -> uint8 [B, size, size, 3], mirrored where views [B] is 1.
+def in_order(indices, batch_size):
+    """Batches of indices, in their order and not mirrored, for `image_loader`."""
+    indices = np.asarray(indices)
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size].tolist()
+        yield batch, [0] * len(batch)
+
+
+def readable_pixels(items):
+    """A loader's item -> indices [B], uint8 [B, size, size, 3].
 
     Raises:
         UnreadableImage: one of them could not be read.
@@ -132,7 +147,4 @@ def readable_pixels(items, views=None):
     for _, image in items:
         if isinstance(image, str):
             raise UnreadableImage(image)
-    pixels = np.stack([image for _, image in items])
-    if views is not None:
-        pixels[views == 1] = pixels[views == 1, :, ::-1]
-    return pixels
+    return [index for index, _ in items], np.stack([image for _, image in items])
