@@ -7,6 +7,7 @@ The recipes are in scripts/train and scripts/eval. To resume, run the same comma
 """
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -113,6 +114,9 @@ def check_flags(args):
             cli.existing_file(f"--{flag}", getattr(args, flag))
     if args.output_dir:
         cli.writable_folder("--output_dir", args.output_dir)
+    for flag, package in (("tensorboard", "tensorboard"), ("use_wandb", "wandb")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise cli.UsageError(f"--{flag} needs the package {package}: pip install {package}")
     if args.evaluate:
         cli.required(args, "pretrained_ckpt", "vqgan_path")
         return
