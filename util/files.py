@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`; renamed to it when the block ends well, removed when not."""
@@ -19,6 +25,7 @@ def atomic(path):
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
