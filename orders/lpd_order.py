@@ -21,10 +21,12 @@ ORDER_KINDS = ("lpd", "raster", "random", "halton")
 LARGEST_GRID = 256  # positions are uint16
 CELLS_PER_CHUNK = 1 << 16  # so many are worked on at a time: the arrays of one chunk fit in an L2 cache
 
-ORTHOGONAL = 5  # weight of an orthogonal neighbour in a neighbour code; up to 4 diagonal ones have weight 1
-OCCUPIED = 25  # added to the neighbour code of a generated cell
-SCORE_TIE_BITS = 27  # a cell has one of 25 proximity scores, or none: 5 bits, and the rest breaks ties
-LEAST_NEAR = np.uint32(1 << SCORE_TIE_BITS)
+# A cell with a generated neighbours beside it and b across a corner has the score a + b / sqrt 2. The whole
+# number 7 a + 5 b puts the 25 cases in the same order: they could differ only where a ratio of whole numbers
+# up to 4 lies between 5 / 7 and 1 / sqrt 2, and none does.
+BESIDE, ACROSS = 7, 5
+HIGHEST_RANK = 1 + 4 * BESIDE + 4 * ACROSS  # ranks of free cells start with 1; a generated cell has 0
+SCORE_TIE_BITS = 32 - (HIGHEST_RANK + 1).bit_length()
 EVERY_BIT = np.uint32(2**32 - 1)
 
 
@@ -138,7 +140,7 @@ class _Rules(NamedTuple):
     """
 
     grid_size: int
-    nearness: np.ndarray  # uint32 [50]: neighbour code -> rank of its score above the tie bits; 0 if not near
+    least_near: np.uint32  # a near cell's key is this or more
     window: np.ndarray  # int64 [L]
     apart: np.ndarray  # uint32 [windows, L]: all ones where two cells may share a group, else 0
     distance: np.ndarray  # unsigned [windows, L]: squared distance of two cells
@@ -150,10 +152,13 @@ def _rules(grid_size: int, proximity_threshold: float, repulsion_threshold: floa
     for name, value in (("proximity", proximity_threshold), ("repulsion", repulsion_threshold)):
         if not value >= 0:
             raise ValueError(f"{name} threshold must be 0 or more, not {value}")
-    score = np.array([code // ORTHOGONAL + code % ORTHOGONAL * math.sqrt(0.5) for code in range(OCCUPIED)])
-    rank = 1 + score.argsort().argsort()  # no two codes have the same score: sqrt 2 is irrational
-    nearness = np.zeros(2 * OCCUPIED, np.uint32)
-    nearness[:OCCUPIED] = np.where(score >= proximity_threshold, rank << SCORE_TIE_BITS, 0)
+    ranks = [
+        1 + BESIDE * beside + ACROSS * across
+        for beside in range(5)
+        for across in range(5)
+        if beside + across / math.sqrt(2) >= proximity_threshold
+    ]
+    least_near = np.uint32(min(ranks, default=HIGHEST_RANK + 1) << SCORE_TIE_BITS)
 
     column = np.arange(grid_size)
     dy = np.abs(np.arange(1 - grid_size, grid_size))[:, None]  # [2S - 1, 1]
@@ -163,7 +168,7 @@ def _rules(grid_size: int, proximity_threshold: float, repulsion_threshold: floa
     distance = (dy**2 + dx**2).astype(np.min_scalar_type(unreached))
     y, x = np.divmod(np.arange(grid_size**2), grid_size)
     window = x * len(dy) + grid_size - 1 - y  # the rows of its column's plane from -y to grid_size - 1 - y
-    return _Rules(grid_size, nearness, window, _windows(apart), _windows(distance), unreached)
+    return _Rules(grid_size, least_near, window, _windows(apart), _windows(distance), unreached)
 
 
 def _windows(planes: np.ndarray) -> np.ndarray:
@@ -183,47 +188,50 @@ def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.n
     padded = (y + 1) * side + x + 1  # one empty cell all round, so that every cell has 8 neighbours
     occupied = np.zeros((len(keys), side * side), np.uint8)
     order = np.empty((len(keys), num_tokens), np.uint16)
+    room = np.empty((2, *order.shape), np.uint64)
     start = 0
     for group, size in enumerate(group_sizes):
-        bits = _random_bits(keys, group * num_tokens, num_tokens)  # low half: scores, high half: distances
-        codes = _neighbour_codes(occupied, rules.grid_size)
-        near = np.take(rules.nearness, codes, mode="clip")  # [n, L]
+        bits = _random_bits(keys, group * num_tokens, num_tokens, room)  # low half: scores; high: distances
+        ranks = _ranks(occupied, rules.grid_size)
+        near = ranks.astype(np.uint32)
+        near <<= SCORE_TIE_BITS
         near |= bits.astype(np.uint32) >> np.uint32(32 - SCORE_TIE_BITS)
         picks, taken = _take_near(near, size, rules)
         rows = np.argsort(taken, kind="stable")
         rows = rows[: np.searchsorted(taken[rows], size)]
         if len(rows):
             tie = (bits[rows] >> np.uint64(32)).astype(np.uint32)
-            free = codes[rows] < OCCUPIED
-            picks[:, rows] = _take_farthest(picks[:, rows], taken[rows], free, tie, rules)
+            picks[:, rows] = _take_farthest(picks[:, rows], taken[rows], ranks[rows] > 0, tie, rules)
         occupied[np.arange(len(keys)), padded[picks]] = 1
         order[:, start : start + size] = picks.T
         start += size
     return order
 
 
-def _neighbour_codes(occupied: np.ndarray, grid_size: int) -> np.ndarray:
-    """ORTHOGONAL x orthogonal + diagonal generated neighbours, + OCCUPIED if generated: uint8 [n, L]."""
+def _ranks(occupied: np.ndarray, grid_size: int) -> np.ndarray:
+    """The rank by score of every free cell, 1 to HIGHEST_RANK, and 0 for generated ones: uint8 [n, L].
+
+    `occupied` uint8 [n, (S + 2) ** 2] is 1 where generated. All grids are worked on as one line, on which the
+    neighbours of a cell are a fixed step away; what the line joins across edges is left out in the end.
+    """
     side = grid_size + 2
-    flat = occupied.reshape(-1)
-    codes = np.zeros_like(flat)
-    inner = slice(side + 1, len(flat) - side - 1)
-
-    def moved(dy, dx):
-        offset = dy * side + dx
-        return flat[inner.start + offset : inner.stop + offset]
-
-    codes[inner] = moved(0, -1) + moved(0, 1) + moved(-1, 0) + moved(1, 0)
-    codes[inner] *= ORTHOGONAL
-    codes[inner] += moved(-1, -1) + moved(-1, 1) + moved(1, -1) + moved(1, 1) + OCCUPIED * moved(0, 0)
-    return codes.reshape(-1, side, side)[:, 1:-1, 1:-1].reshape(len(occupied), -1)
+    line = occupied.reshape(-1)
+    above, middle, below = (line[row * side : len(line) - (2 - row) * side] for row in range(3))
+    vertical = above + below
+    ranks = np.empty_like(line)
+    inner = ranks[side + 1 : -side - 1]
+    np.multiply(vertical[1:-1] + middle[:-2] + middle[2:], BESIDE, out=inner)
+    inner += ACROSS * (vertical[:-2] + vertical[2:])
+    inner += 1
+    inner *= 1 - middle[1:-1]
+    return ranks.reshape(-1, side, side)[:, 1:-1, 1:-1].reshape(len(occupied), -1)
 
 
 def _take_near(near: np.ndarray, size: int, rules: _Rules) -> tuple[np.ndarray, np.ndarray]:
     """Take up to `size` near cells of each order, highest key first; each bars the cells around it.
 
-    `near` uint32 [n, L] holds the keys, near from LEAST_NEAR up, and is changed. Returns the cells, int64
-    [size, n], and how many of each order are valid, int64 [n]: once an order has none left, it stays so.
+    `near` uint32 [n, L] holds the keys, and is changed. Returns the cells, int64 [size, n], and how many of
+    each order are valid, int64 [n]: once an order has none left, it stays so.
     """
     picks = np.zeros((size, len(near)), np.int64)
     keys = np.zeros((size, len(near)), np.uint32)
@@ -233,9 +241,9 @@ def _take_near(near: np.ndarray, size: int, rules: _Rules) -> tuple[np.ndarray, 
             near &= rules.apart[rules.window[picks[i - 1]]]
         near.argmax(axis=1, out=picks[i])
         near.take(row_starts + picks[i], out=keys[i], mode="clip")
-        if keys[i].max() < LEAST_NEAR:
+        if keys[i].max() < rules.least_near:
             break
-    return picks, (keys >= LEAST_NEAR).sum(axis=0)
+    return picks, (keys >= rules.least_near).sum(axis=0)
 
 
 def _take_farthest(
@@ -296,8 +304,8 @@ def _chunks(n: int, num_tokens: int, seed: int, image_ids: np.ndarray | None):
         raise ValueError(f"image_ids must be {n} numbers, not of shape {ids.shape}")
     if n and ids.min() < 0:
         raise ValueError(f"image_ids must be 0 or more, not {ids.min()}")
-    stream = _mixed(np.array([seed % 2**64], np.uint64))
-    keys = _mixed(stream + ids.astype(np.uint64) * GOLDEN)
+    stream = _random_bits(np.array([seed % 2**64], np.uint64), 0, 1)[0]
+    keys = _random_bits(stream + ids.astype(np.uint64) * GOLDEN, 0, 1)[:, 0]
     step = max(1, CELLS_PER_CHUNK // num_tokens)
     for start in range(0, n, step):
         rows = slice(start, min(n, start + step))
@@ -307,14 +315,18 @@ def _chunks(n: int, num_tokens: int, seed: int, image_ids: np.ndarray | None):
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
 
 
-def _random_bits(keys: np.ndarray, first: int, count: int) -> np.ndarray:
-    """`count` draws, from number `first`, of each key's splitmix64 stream: uint64 [len(keys), count]."""
-    return _mixed(keys[:, None] + np.arange(first + 1, first + 1 + count, dtype=np.uint64) * GOLDEN)
+def _random_bits(keys: np.ndarray, first: int, count: int, room: np.ndarray | None = None) -> np.ndarray:
+    """`count` draws, from number `first`, of each key's splitmix64 stream: uint64 [len(keys), count].
+
+    `room` uint64 [2, len(keys), count] saves taking and giving back memory, which costs as much as the rest.
+    """
+    bits, shifted = np.empty((2, len(keys), count), np.uint64) if room is None else room
+    np.add(keys[:, None], np.arange(first + 1, first + 1 + count, dtype=np.uint64) * GOLDEN, out=bits)
+    return _mixed(bits, shifted)
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
+def _mixed(z: np.ndarray, shifted: np.ndarray) -> np.ndarray:
     """splitmix64's mixing of uint64, in place: every input bit flips each output bit about half the time."""
-    shifted = np.empty_like(z)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z ^= np.right_shift(z, np.uint64(shift), out=shifted)
         z *= np.uint64(factor)
