@@ -63,7 +63,7 @@ def main(argv=None):
         held_out = list_images(split_folder(args.data_path, "val"))
         state = new_state(config, world.device)
         if (output_dir / "checkpoint-last.pth").exists():
-            state.load(output_dir / "checkpoint-last.pth", config)
+            state.load(output_dir / "checkpoint-last.pth", config, world)
     output_dir.mkdir(parents=True, exist_ok=True)
     train_tokenizer(
         state, config, folder, output_dir, world, num_workers=args.num_workers, save_every=args.save_every

@@ -43,17 +43,26 @@ class TokenizerState:
 
     model: VQModel
     optimizer: torch.optim.Optimizer
-    code_use: torch.Tensor  # [V] how often each code was used since the last revival
+    code_use: torch.Tensor  # [V] how often this process used each code since the last revival
     step: int = 0
 
-    def save(self, path, config):
+    def save(self, path, config, world):
+        """Write a checkpoint; every process takes part."""
+        code_use = dist.all_sum(self.code_use.clone())
+        if not world.is_main:
+            return
         save_checkpoint(path, {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "code_use": self.code_use, "step": self.step, "train_config": asdict(config),
+            "code_use": code_use, "step": self.step, "train_config": asdict(config),
             "info": {"config": asdict(config.model)},
         })  # fmt: skip
 
-    def load(self, path, config):
+    def load(self, path, config, world):
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it was made with other settings; the message names the first.
+        """
         checkpoint = load_checkpoint(path)
         saved = checkpoint["train_config"]
         changed = [k for k, v in asdict(config).items() if saved.get(k) != v]
@@ -65,7 +74,8 @@ class TokenizerState:
             )
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.code_use.copy_(checkpoint["code_use"])
+        if world.is_main:  # the sum over all processes is summed again at the next revival
+            self.code_use.copy_(checkpoint["code_use"])
         self.step = checkpoint["step"]
 
 
@@ -143,13 +153,14 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
         progress.update()
         if state.step % log_every == 0 and log:
             values = {name: round(value.item(), 5) for name, value in parts.items()}
-            log.write(state.step, **values, lr=learning_rate(config, state.step - 1, steps))
+            used = round((state.code_use > 0).float().mean().item(), 4)  # share, since the last revival
+            log.write(state.step, **values, codebook_use=used, lr=learning_rate(config, state.step - 1, steps))
             progress.set_postfix(values)
         # Late in training the codes must stay where the decoder expects them.
         if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
             revive_dead_codes(state, latents, config.seed)
-        if (state.step % save_every == 0 or state.step == steps) and world.is_main:
-            state.save(Path(output_dir) / "checkpoint-last.pth", config)
+        if state.step % save_every == 0 or state.step == steps:
+            state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
     progress.close()
     dist.barrier()
 
