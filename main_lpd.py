@@ -24,7 +24,7 @@ from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, dist, pictures
 from util.files import write_json
 from util.images import list_images, split_folder
-from util.logging import MetricsLog, tensorboard_listener, wandb_listener
+from util.logging import MetricsLog, read_metrics, tensorboard_listener, wandb_listener
 from util.token_cache import open_token_cache
 
 
@@ -218,7 +218,7 @@ def sampler(args, tokenizer, config, info, world):
     rows = range(min(10, config.model.num_classes))
     labels = torch.tensor(rows).repeat_interleave(8)
 
-    def write(state):
+    def write(state, log):
         if world.is_main:
             orders = settings.orders(range(len(labels)))
             images = generate_images(
@@ -231,40 +231,56 @@ def sampler(args, tokenizer, config, info, world):
     return write
 
 
-def run_training(args, world):
-    with cli.checking():
-        tokenizer = load_tokenizer(args.vqgan_path).to(world.device) if args.vqgan_path else None
-        if tokenizer:
-            cli.check_tokenizer_flags(args, tokenizer.config)
-        source, shape, info = open_source(args, tokenizer, world)
-        config = train_config(args, shape, info, source.num_images, world)
-        state = new_state(config, world.device)
-        state.model.grad_checkpointing = args.grad_checkpointing
-        last = Path(args.resume or args.output_dir) / "checkpoint-last.pth"
-        if last.exists():
-            state.load(last, config)
-        elif args.pretrained_ckpt:
-            start_from(state.model, args.pretrained_ckpt)
-        elif args.resume and Path(args.resume) != Path(args.output_dir):
-            raise ValueError(f"--resume: no {last}")
-        hooks = []
-        if args.sample_freq:
-            hooks.append((args.sample_freq, sampler(args, tokenizer, config, info, world)))
-        run_evaluation = evaluation(args, tokenizer, shape["grid_size"], world) if args.online_eval else None
-    log = make_log(args, config, state.step) if world.is_main else None
+def prepare_training(args, world):
+    """Everything training needs, loaded and checked: state, config, source, info and hooks."""
+    tokenizer = load_tokenizer(args.vqgan_path).to(world.device) if args.vqgan_path else None
+    if tokenizer:
+        cli.check_tokenizer_flags(args, tokenizer.config)
+    source, shape, info = open_source(args, tokenizer, world)
+    config = train_config(args, shape, info, source.num_images, world)
+    state = new_state(config, world.device)
+    state.model.grad_checkpointing = args.grad_checkpointing
+    last = Path(args.resume or args.output_dir) / "checkpoint-last.pth"
+    if last.exists():
+        state.load(last, config)
+    elif args.pretrained_ckpt:
+        start_from(state.model, args.pretrained_ckpt)
+    elif args.resume and Path(args.resume) != Path(args.output_dir):
+        raise ValueError(f"--resume: no {last}")
+    hooks = []
+    if args.sample_freq:
+        hooks.append((args.sample_freq, sampler(args, tokenizer, config, info, world)))
+    if args.online_eval:
+        hooks.append((args.eval_freq, online_evaluation(args, tokenizer, config, world)))
+    return state, config, source, info, hooks
 
-    def evaluate_online(state):
-        metrics = run_evaluation(state.model)
+
+def online_evaluation(args, tokenizer, config, world):
+    """A training hook that evaluates and logs the metrics."""
+    run = evaluation(args, tokenizer, config.model.grid_size, world)
+
+    def write(state, log):
+        metrics = run(state.model)
         if metrics:
             log.write(state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)})
 
-    if run_evaluation:
-        hooks.append((args.eval_freq, evaluate_online))
+    return write
+
+
+def run_training(args, world):
+    with cli.checking():
+        state, config, source, info, hooks = prepare_training(args, world)
+    log = make_log(args, config, state.step) if world.is_main else None
     train(
         state, config, source, args.output_dir, world, log, info, accum_iter=args.accum_iter,
         log_every=args.log_every, save_last_freq=args.save_last_freq,
         save_intermediate_freq=args.save_intermediate_freq, hooks=hooks,
     )  # fmt: skip
+    if world.is_main:
+        lines = [line for line in read_metrics(args.output_dir) if "loss" in line]
+        curve = [line["epoch"] for line in lines], [line["loss"] for line in lines]
+        path = Path(args.output_dir) / "loss.png"
+        pictures.save_curves(path, {args.model: curve}, xlabel="epoch", ylabel="loss, nats a token")
 
 
 def make_log(args, config, step):

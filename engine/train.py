@@ -208,7 +208,7 @@ def train_step(state, model, config, world, accum_iter, micro_batches):
 
 
 class LossNotFinite(Exception):
-    """Training met a loss that is no number."""
+    """Training met a loss or a gradient that is no number."""
 
 
 @dataclass
@@ -244,9 +244,10 @@ class Progress:
                 self.config.global_batch * self.count / (time.perf_counter() - self.start), 1
             ),
         }
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not math.isfinite(values["grad_norm"]):
             raise LossNotFinite(
-                f"loss {loss} in steps {step - self.count + 1}..{step} (seed {self.config.seed})"
+                f"loss {loss}, gradient norm {values['grad_norm']} in steps {step - self.count + 1}..{step} "
+                f"(seed {self.config.seed})"
             )
         if self.log:
             self.log.write(step, **values)
@@ -284,24 +285,25 @@ def train(
 
     micro_batches = iter(source.batches(plan()))
     progress = Progress(world, log, config)
-    bar = tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2)
-    while state.step < steps:
-        progress.add(*train_step(state, model, config, world, accum_iter, micro_batches))
-        bar.update()
-        end = state.step == steps
-        if state.step % log_every == 0 or end:
-            bar.set_postfix(progress.write(state.step))
-        if world.is_main and (due(save_last_freq) or end):
-            state.save(Path(output_dir) / "checkpoint-last.pth", config, info)
-        if world.is_main and due(save_intermediate_freq):
-            name = f"checkpoint-{math.floor(config.epoch(state.step))}.pth"
-            state.save(Path(output_dir) / name, config, info)
-        for every, function in hooks:
-            if due(every) or (end and every > 0):
-                state.model.eval()
-                function(state)
-                state.model.train()
-    bar.close()
+    with tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2) as bar:
+        while state.step < steps:
+            progress.add(*train_step(state, model, config, world, accum_iter, micro_batches))
+            bar.update()
+            end = state.step == steps
+            save_last, save_intermediate = due(save_last_freq) or end, due(save_intermediate_freq)
+            # Before every checkpoint too: one that is sound must not be replaced by weights that are not.
+            if state.step % log_every == 0 or save_last or save_intermediate:
+                bar.set_postfix(progress.write(state.step))
+            if world.is_main and save_last:
+                state.save(Path(output_dir) / "checkpoint-last.pth", config, info)
+            if world.is_main and save_intermediate:
+                name = f"checkpoint-{math.floor(config.epoch(state.step))}.pth"
+                state.save(Path(output_dir) / name, config, info)
+            for every, function in hooks:
+                if due(every) or (end and every > 0):
+                    state.model.eval()
+                    function(state)
+                    state.model.train()
     if world.is_main:
         export(state, config, output_dir, info)
     dist.barrier()

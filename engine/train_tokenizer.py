@@ -136,32 +136,31 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
             parts = step_images(len(folder), config.seed, config.batch_size, step)
             yield [own_part(part, world.rank, world.size, 1)[0].tolist() for part in parts]
 
-    progress = tqdm(total=steps, initial=state.step, unit="step", disable=not world.is_main, mininterval=5)
-    for items in image_loader(folder, config.img_size, plan(), num_workers):
-        pixels = to_unit(readable_pixels(items)[1]).to(world.device)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step, steps)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-            reconstruction, latents, codes, tokens = model(pixels)
-        parts = losses(pixels, reconstruction, latents, codes, config.commitment)
-        sum(parts.values()).backward()
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
-        state.step += 1
-        progress.update()
-        if state.step % log_every == 0 and log:
-            values = {name: round(value.item(), 5) for name, value in parts.items()}
-            used = round((state.code_use > 0).float().mean().item(), 4)  # share, since the last revival
-            log.write(state.step, **values, codebook_use=used, lr=learning_rate(config, state.step - 1, steps))
-            progress.set_postfix(values)
-        # Late in training the codes must stay where the decoder expects them.
-        if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
-            revive_dead_codes(state, latents, config.seed)
-        if state.step % save_every == 0 or state.step == steps:
-            state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
-    progress.close()
+    with tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=5) as progress:
+        for items in image_loader(folder, config.img_size, plan(), num_workers):
+            pixels = to_unit(readable_pixels(items)[1]).to(world.device)
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(config, state.step, steps)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+                reconstruction, latents, codes, tokens = model(pixels)
+            parts = losses(pixels, reconstruction, latents, codes, config.commitment)
+            sum(parts.values()).backward()
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
+            state.step += 1
+            progress.update()
+            if state.step % log_every == 0 and log:
+                values = {name: round(value.item(), 5) for name, value in parts.items()}
+                used = round((state.code_use > 0).float().mean().item(), 4)  # share, since the last revival
+                log.write(state.step, **values, codebook_use=used, lr=state.optimizer.param_groups[0]["lr"])
+                progress.set_postfix(values)
+            # Late in training the codes must stay where the decoder expects them.
+            if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
+                revive_dead_codes(state, latents, config.seed)
+            if state.step % save_every == 0 or state.step == steps:
+                state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
     dist.barrier()
 
 
