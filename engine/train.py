@@ -7,7 +7,7 @@ resumed run repeats an uninterrupted one bit for bit.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,6 +106,20 @@ class TrainState:
         self.step = checkpoint["step"]
         for name, tensor in checkpoint["ema"].items():
             self.ema[name].copy_(tensor)
+
+    @contextmanager
+    def averaged(self):
+        """Inside it the model is in eval mode, with the moving average for weights where there is one."""
+        own = {name: self.model.get_parameter(name).detach().clone() for name in self.ema}
+        if self.ema:
+            self.model.load_state_dict(self.ema)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            if own:
+                self.model.load_state_dict(own)
+            self.model.train()
 
 
 def new_state(config, device):
@@ -265,7 +279,8 @@ def train(
         source: CachedTokens or EncodedImages. output_dir: for checkpoints. log: MetricsLog or None.
         save_last_freq, save_intermediate_freq: epochs between checkpoint-last.pth and checkpoint-N.pth (N:
             epochs done); 0 is never, but the end is always saved.
-        hooks: (epochs, function) pairs; the function is called on every process with the state.
+        hooks: (epochs, function) pairs; the function is called on every process with the state, whose model
+            is in eval mode and has the averaged weights if there are any, and the log.
     """
     steps, first = config.num_steps, state.step
     model = DistributedDataParallel(state.model, broadcast_buffers=False) if world.size > 1 else state.model
@@ -301,9 +316,8 @@ def train(
                 state.save(Path(output_dir) / name, config, info)
             for every, function in hooks:
                 if due(every) or (end and every > 0):
-                    state.model.eval()
-                    function(state)
-                    state.model.train()
+                    with state.averaged():
+                        function(state, log)
     if world.is_main:
         export(state, config, output_dir, info)
     dist.barrier()
