@@ -29,24 +29,23 @@ def encode_shards(writer, tokenizer, folder, world, *, batch_size, num_workers, 
     """
     shards = writer.missing_shards()[world.rank :: world.size]
     mine = sum(len(writer.shard_range(s)) for s in shards)
-    progress = tqdm(total=mine, unit="img", disable=not world.is_main, mininterval=1)
     all_errors = []
-    for shard in shards:
-        batches = in_order(writer.shard_range(shard), batch_size)
-        tokens, kept, errors = [np.empty((0, 2, writer.meta.num_tokens))], [], []
-        for items in image_loader(folder, writer.meta.img_size, batches, num_workers):
-            good = [(i, image) for i, image in items if not isinstance(image, str)]
-            errors += [(i, reason) for i, reason in items if isinstance(reason, str)]
-            if good:
-                tokens.append(encode_views(tokenizer, [image for _, image in good], world.device))
-                kept += [i for i, _ in good]
-            progress.update(len(items))
-        all_errors += [(folder.names[i], reason) for i, reason in errors]
-        if skip_unreadable or not errors:
-            writer.write_shard(
-                shard, np.concatenate(tokens), folder.labels[kept], [folder.names[i] for i in kept]
-            )
-    progress.close()
+    with tqdm(total=mine, unit="img", disable=not world.is_main, mininterval=1) as progress:
+        for shard in shards:
+            batches = in_order(writer.shard_range(shard), batch_size)
+            tokens, kept, errors = [np.empty((0, 2, writer.meta.num_tokens))], [], []
+            for items in image_loader(folder, writer.meta.img_size, batches, num_workers):
+                good = [(i, image) for i, image in items if not isinstance(image, str)]
+                errors += [(i, reason) for i, reason in items if isinstance(reason, str)]
+                if good:
+                    tokens.append(encode_views(tokenizer, [image for _, image in good], world.device))
+                    kept += [i for i, _ in good]
+                progress.update(len(items))
+            all_errors += [(folder.names[i], reason) for i, reason in errors]
+            if skip_unreadable or not errors:
+                writer.write_shard(
+                    shard, np.concatenate(tokens), folder.labels[kept], [folder.names[i] for i in kept]
+                )
     return [error for part in dist.gather_objects(all_errors) for error in part]
 
 

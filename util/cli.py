@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from util.images import UnreadableImage
+from util.token_cache import DamagedCache
 
 
 class UsageError(Exception):
@@ -154,7 +155,7 @@ def run(main):
     for a user's mistake or a failing disk."""
     try:
         main()
-    except (UsageError, Failure, UnreadableImage, OSError) as error:
+    except (UsageError, Failure, UnreadableImage, DamagedCache, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

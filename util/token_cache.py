@@ -24,6 +24,10 @@ from util.files import atomic, write_json
 FORMAT = 1
 
 
+class DamagedCache(ValueError):
+    """A token cache that is not what its description says; the message names the file or folder."""
+
+
 @dataclass(frozen=True)
 class CacheMeta:
     """What a token cache holds. `unreadable` names images left out because the user allowed it."""
@@ -47,6 +51,12 @@ class CacheMeta:
     @property
     def num_shards(self):
         return -(-self.num_images // self.shard_size)
+
+    def __post_init__(self):
+        for name in ("img_size", "grid_size", "vocab_size", "num_images", "shard_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, not {value!r:.40}")
 
     def as_json(self):
         """A dict of plain values, as written to disk."""
@@ -163,7 +173,7 @@ class TokenCache:
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / "meta.json").exists():
             raise ValueError(_why_no_cache(folder))
         self.meta = CacheMeta.read(folder / "meta.json")
@@ -194,6 +204,10 @@ class TokenCache:
         for shard in np.unique(shards):
             mine = shards == shard
             out[mine] = self._tokens[shard][indices[mine] - self._starts[shard], views[mine]]
+        if out.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
+            raise DamagedCache(
+                f"{self.folder}: token {out.max()}, meta.json says {self.meta.vocab_size} codes"
+            )
         return out
 
 
@@ -212,7 +226,9 @@ class MarCache:
         position = {name: label for label, name in enumerate(class_names)}
         self.names = [p.relative_to(folder).as_posix() for p in self.paths]
         self.labels = np.array([position[name.split("/")[0]] for name in self.names])
-        num_tokens = self._read(self.paths[0]).shape[1]
+        num_tokens = self._load(self.paths[0]).shape[1]
+        if int(num_tokens**0.5) ** 2 != num_tokens:
+            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens make no square image")
         self.meta = CacheMeta(
             img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
             class_names=class_names, tokenizer_digest="", num_images=len(self.paths),
@@ -220,21 +236,29 @@ class MarCache:
         )  # fmt: skip
 
     @staticmethod
-    def _read(path):
+    def _load(path):
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return np.stack([arrays["indices"].reshape(-1), arrays["indices_flip"].reshape(-1)])
+                both = np.stack([arrays["indices"].reshape(-1), arrays["indices_flip"].reshape(-1)])
+                return both.astype(np.int64, casting="same_kind")
         except Exception as error:  # zip and npy damage come as many types
-            raise ValueError(f"{path}: no tokens of an image ({error})") from None
+            raise DamagedCache(f"{path}: no tokens of an image ({error})") from None
+
+    def _read(self, path):
+        """Tokens [2, L] of a file, as many as the first file's and all codes of the vocabulary."""
+        both, count, codes = self._load(path), self.meta.num_tokens, self.meta.vocab_size
+        if both.shape[1] != count:
+            raise DamagedCache(f"{path}: {both.shape[1]} tokens, {self.paths[0]} has {count}")
+        if both.min() < 0 or both.max() >= codes:
+            raise DamagedCache(f"{path}: tokens {both.min()}..{both.max()}, the tokenizer has {codes} codes")
+        return both
 
     def __len__(self):
         return len(self.paths)
 
     def tokens(self, indices, views):
         """As `TokenCache.tokens`, one file per image."""
-        return np.stack([self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)]).astype(
-            np.int64
-        )
+        return np.stack([self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)])
 
 
 def _why_no_cache(folder):
