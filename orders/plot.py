@@ -85,8 +85,8 @@ def draw(orders: np.ndarray, group_sizes: tuple[int, ...], index: int, name: str
         found = step_statistics(rows, group_sizes, grid_size)
         _draw_curve(panels[2], found.score, label, colour)
         _draw_curve(panels[3], found.least_distance, label, colour)
-    panels[2].set(title="Mean score of the cells taken", ylabel="sum of 1 / distance")
-    panels[3].set(title="Mean least distance within a group", ylabel="cells")
+    panels[2].set(title="Mean score of the cells taken", ylabel="sum of 1 / distance", ylim=0)
+    panels[3].set(title="Mean least distance within a group", ylabel="cells", ylim=0)
     panels[2].legend(frameon=False)
     return figure
 
@@ -106,7 +106,7 @@ def _draw_curve(panel: plt.Axes, values: np.ndarray, label: str, colour: str) ->
     """Mean over the orders of `values` [n, G], where there are any: a group of one has no least distance."""
     known = ~np.isnan(values).any(axis=0)
     panel.plot(1 + np.flatnonzero(known), values[:, known].mean(axis=0), color=colour, label=label)
-    panel.set(xlabel="step", ylim=0)
+    panel.set(xlabel="step")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.spines[["top", "right"]].set_visible(False)
 
