@@ -27,9 +27,9 @@ def save_checkpoint(path, checkpoint):
 
 
 def _reason(error):
-    """The telling line of an error of torch.load, whose first lines may be advice to read the file unsafely."""
+    """The telling line of an error of torch.load, whose first may be advice to read the file unsafely."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((line for line in lines if "nsupported" in line), lines[0])
+    return next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
 
 
 def load_checkpoint(path):

@@ -11,13 +11,17 @@ from models.lpd import NO_LABEL
 from util.images import to_uint8
 
 
-def _check(model, labels, order, group_sizes, cfg_schedule):
+def _check(model, labels, order, group_sizes, cfg_schedule, image_ids):
     config = model.config
     if order.shape != (len(labels), config.num_tokens):
         raise ValueError(f"order is {list(order.shape)}, needed is [{len(labels)}, {config.num_tokens}]")
-    if not group_sizes or min(group_sizes) < 1 or sum(group_sizes) != config.num_tokens:
+    if image_ids is not None and len(image_ids) != len(labels):
+        raise ValueError(f"{len(image_ids)} image_ids for {len(labels)} labels")
+    if not group_sizes or min(group_sizes) < 1:
+        raise ValueError(f"group sizes must be 1 or more, not {list(group_sizes)}")
+    if sum(group_sizes) != config.num_tokens:
         raise ValueError(
-            f"{len(group_sizes)} group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens}"
+            f"group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens} tokens an image"
         )
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}, not linear or constant")
@@ -45,7 +49,7 @@ def generate_tokens(
     Returns:
         int64 [B, L], raster order.
     """
-    _check(model, labels, order, group_sizes, cfg_schedule)
+    _check(model, labels, order, group_sizes, cfg_schedule, image_ids)
     device = model.pos_embed.device
     labels, order = labels.to(device), order.to(device, torch.int64)
     B, L = order.shape

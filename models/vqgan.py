@@ -42,6 +42,7 @@ class VQConfig:
 
 
 def group_norm(channels):
+    """GroupNorm as everywhere in this network: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -118,6 +119,7 @@ class Level(nn.Module):
 
 
 def middle(channels):
+    """Residual block, attention, residual block: what both networks have at the lowest resolution."""
     return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
 
 
