@@ -1,16 +1,32 @@
 """Evaluation: images of a model as a stream, their features, the metrics.
 
-Knows which image has which number, label and order. Does not know model internals or flags.
+Knows which image has which number, label and order, and how an evaluation survives a kill. Does not know model
+internals or flags. The images of an evaluation are cut into chunks of consecutive numbers; a chunk's features
+are a file, complete or not there, so a killed evaluation goes on with the chunks that are missing. Processes
+share out the chunks; the batches of a chunk are the same for any number of processes.
 """
 
+import json
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.generate import generate_images
+from engine.generate import generate_tokens
 from engine.metrics import compute_metrics
-from util import dist
+from util import dist, npz
+from util.files import atomic, write_json
+from util.images import to_uint8
+from util.pictures import save_png
+
+CHUNK = 1000  # images of a chunk: 12 MB of Inception features and logits
+PUBLISHED_IMAGES = 50000
+MARK = "evaluation-images.json"  # marks a folder of PNGs as ours
 
 
 def balanced_label(image_id, num_images, num_classes):
@@ -18,41 +34,209 @@ def balanced_label(image_id, num_images, num_classes):
     return image_id * num_classes // num_images
 
 
-def generated_images(model, tokenizer, settings, num_images, batch_size, world):
-    """This process's share of the images of an evaluation, in batches.
+class Stopwatch:
+    """Seconds spent in named phases. On a GPU the device is not waited for until `totals` is asked for."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.events = device, defaultdict(float), []
+
+    @contextmanager
+    def __call__(self, phase):
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            yield
+            self.seconds[phase] += time.perf_counter() - start
+            return
+        start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self.events.append((phase, start, end))
+
+    def totals(self):
+        """dict of phase -> seconds so far; waits for the device."""
+        dist.synchronize(self.device)
+        for phase, start, end in self.events:
+            self.seconds[phase] += start.elapsed_time(end) / 1000
+        self.events = []
+        return dict(self.seconds)
+
+
+class ChunkStore:
+    """The chunks of one evaluation in a folder, and the settings they were made with.
+
+    Raises:
+        ValueError: the folder holds chunks made with other settings; the message names the first.
+    """
+
+    def __init__(self, folder, protocol):
+        self.folder, self.protocol = Path(folder), protocol
+        self.num_images = protocol["num_images"]
+        plan = self.folder / "protocol.json"
+        if plan.exists():
+            saved = json.loads(plan.read_text())
+            changed = [k for k in protocol if saved.get(k) != json.loads(json.dumps(protocol[k]))]
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"{self.folder} was begun with {key} {str(saved.get(key))[:60]}, now it is "
+                    f"{str(protocol[key])[:60]}: give another --output_dir"
+                )
+
+    def begin(self):
+        """Write the settings down."""
+        write_json(self.folder / "protocol.json", self.protocol)
+
+    @property
+    def num_chunks(self):
+        return -(-self.num_images // CHUNK)
+
+    def path(self, chunk):
+        return self.folder / f"chunk-{chunk:05d}.npz"
+
+    def missing(self):
+        """Numbers of the chunks that are not there."""
+        return [chunk for chunk in range(self.num_chunks) if not self.path(chunk).exists()]
+
+    def ids(self, chunk):
+        """Image numbers of a chunk, int64 [n]."""
+        return torch.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.num_images))
+
+    def write(self, chunk, arrays):
+        """Write a chunk's arrays, atomically."""
+        with atomic(self.path(chunk)) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def read(self, key):
+        """An array of all chunks in image order, a float32 tensor."""
+        parts = []
+        for chunk in range(self.num_chunks):
+            with np.load(self.path(chunk), allow_pickle=False) as arrays:
+                parts.append(torch.from_numpy(arrays[key]))
+        return torch.cat(parts)
+
+
+def prepare_image_folder(folder):
+    """A folder for PNGs: new, empty, or marked as ours by an earlier evaluation.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise ValueError(f"--save_images: {folder} is not empty and was not made by an evaluation")
+    return folder
+
+
+def generated_images(model, tokenizer, settings, ids, num_images, batch_size, stopwatch):
+    """Images with these numbers, in batches.
 
     Yields:
         (image ids int64 [b], uint8 [b, H, W, 3] on the device)
     """
-    mine = torch.arange(world.rank, num_images, world.size)
-    for ids in mine.split(batch_size):
-        labels = balanced_label(ids, num_images, model.config.num_classes)
-        images = generate_images(
-            model, tokenizer, labels, settings.orders(ids.numpy()), settings.group_sizes, image_ids=ids,
-            **settings.decoding(),
-        )  # fmt: skip
-        yield ids, images
+    for batch in ids.split(batch_size):
+        labels = balanced_label(batch, num_images, model.config.num_classes)
+        with stopwatch("generate"):
+            tokens = generate_tokens(
+                model, labels, settings.orders(batch.numpy()), settings.group_sizes, image_ids=batch,
+                **settings.decoding(),
+            )  # fmt: skip
+        with stopwatch("decode"), torch.inference_mode():
+            images = to_uint8(tokenizer.decode(tokens))
+        yield batch, images
 
 
-def evaluate(model, tokenizer, settings, num_images, batch_size, extractor, reference, world):
-    """FID and Inception Score of generated images.
+def fill_chunks(
+    model, tokenizer, settings, store, batch_size, extractor, world, *, image_folder=None, keep_images=False
+):
+    """Generate the images of the missing chunks, keep their features; returns seconds by phase.
 
-    Returns:
-        dict of metrics on the first process, None on the others.
+    PNGs are written by other threads while the device goes on.
     """
-    start = time.perf_counter()
-    ids, parts = [], []
-    with tqdm(total=num_images, unit="img", disable=not world.is_main, mininterval=1) as progress:
-        for batch_ids, images in generated_images(model, tokenizer, settings, num_images, batch_size, world):
-            parts.append(extractor(images))
-            ids.append(batch_ids)
-            progress.update(len(batch_ids) * world.size)
-    ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
-    mine = (ids, *(torch.cat(part) for part in zip(*parts, strict=True))) if parts else None
-    gathered = [part for part in dist.gather_objects(mine) if part is not None]
+    stopwatch = Stopwatch(world.device)
+    mine = store.missing()[world.rank :: world.size]
+    total = sum(len(store.ids(chunk)) for chunk in mine)
+    with (
+        tqdm(total=total, unit="img", disable=not world.is_main, mininterval=1) as progress,
+        ThreadPoolExecutor(4) as writers,
+    ):
+        for chunk in mine:
+            features, pictures, writing = defaultdict(list), [], []
+            for ids, images in generated_images(
+                model, tokenizer, settings, store.ids(chunk), store.num_images, batch_size, stopwatch
+            ):
+                with stopwatch("features"):
+                    for key, value in extractor(images).items():
+                        features[key].append(value)
+                if image_folder or keep_images:
+                    pictures.append(images.cpu().numpy())
+                if image_folder:
+                    writing += [
+                        writers.submit(save_png, Path(image_folder) / f"{i:06d}.png", pixels)
+                        for i, pixels in zip(ids.tolist(), pictures[-1], strict=True)
+                    ]
+                progress.update(len(ids))
+            for future in writing:
+                future.result()  # a failing disk ends the evaluation
+            arrays = {key: torch.cat(parts).float().cpu().numpy() for key, parts in features.items()}
+            if keep_images:
+                arrays["images"] = np.concatenate(pictures)
+            store.write(chunk, arrays)
+    return stopwatch.totals()
+
+
+def evaluate(
+    model, tokenizer, settings, protocol, folder, extractor, reference, world, *, batch_size, kid=False,
+    prc=False, image_folder=None, npz_path=None,
+):  # fmt: skip
+    """Metrics of generated images.
+
+    Args:
+        protocol: dict of plain values, all that decides the numbers; has `num_images`.
+        folder: where the chunks go; a killed evaluation goes on from there.
+        reference: from `load_statistics`, or None.
+        image_folder, npz_path: where the images are kept, if they are.
+    Returns:
+        dict of metrics and of seconds by phase on the first process, None on the others.
+    """
+    store = ChunkStore(folder, protocol)
+    if world.is_main:
+        store.begin()
+        if image_folder:
+            write_json(Path(image_folder) / MARK, protocol)
+    dist.barrier()
+    seconds = fill_chunks(
+        model, tokenizer, settings, store, batch_size, extractor, world, image_folder=image_folder,
+        keep_images=npz_path is not None,
+    )  # fmt: skip
+    seconds = dist.gather_objects(seconds)
     if not world.is_main:
         return None
-    ids, features, logits = (torch.cat(part) for part in zip(*gathered, strict=True))
-    by_id = ids.argsort()  # the same sums for any number of processes
-    metrics = compute_metrics(features[by_id], logits[by_id], reference)
-    return {**metrics, "num_images": len(ids), "seconds": round(time.perf_counter() - start, 2)}
+    start = time.perf_counter()
+    metrics = compute_metrics(
+        store.read("features"), store.read("logits"), extractor.name, reference, kid=kid, prc=prc
+    )
+    seconds = {phase: max(part.get(phase, 0.0) for part in seconds) for phase in ("generate", "decode", "features")}
+    seconds["metrics"] = time.perf_counter() - start
+    if npz_path:
+        save_npz(npz_path, store, model.config.num_classes)
+    return {"metrics": metrics, "seconds": {phase: round(value, 3) for phase, value in seconds.items()}}
+
+
+def save_npz(path, store, num_classes):
+    """The images of all chunks and their labels in ADM's form."""
+    n = store.num_images
+    first = npz.open_array(store.path(0), "images")
+    parts = (npz.open_array(store.path(chunk), "images") for chunk in range(store.num_chunks))
+    labels = balanced_label(np.arange(n), n, num_classes)
+    npz.save_images(path, parts, n, first.shape[1:], labels)
+
+
+def warnings(num_images, num_classes):
+    """What keeps a result from being compared with published ones, a line each."""
+    lines = []
+    if num_images < PUBLISHED_IMAGES:
+        lines.append(f"{num_images} images: published figures are of {PUBLISHED_IMAGES}; fewer raise FID")
+    if num_images % num_classes:
+        lines.append(f"{num_images} images are not equally many of each of {num_classes} classes")
+    return lines
