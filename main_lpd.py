@@ -40,7 +40,7 @@ def parse_args(argv=None):
         "--pretrained_ckpt", metavar="FILE", help="weights to evaluate, or to start training from"
     )
     parser.add_argument("--output_dir", metavar="DIR")
-    parser.add_argument("--resume", metavar="DIR", help="run to go on with; default: --output_dir")
+    parser.add_argument("--resume", metavar="DIR", help="run to go on with where --output_dir holds none")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16; without it float32")
     cli.add_device_flags(parser)
@@ -240,7 +240,8 @@ def prepare_training(args, world):
     config = train_config(args, shape, info, source.num_images, world)
     state = new_state(config, world.device)
     state.model.grad_checkpointing = args.grad_checkpointing
-    last = Path(args.resume or args.output_dir) / "checkpoint-last.pth"
+    own, other = (Path(p) / "checkpoint-last.pth" for p in (args.output_dir, args.resume or args.output_dir))
+    last = own if own.exists() else other  # the same command again goes on where this run was killed
     if last.exists():
         state.load(last, config)
     elif args.pretrained_ckpt:

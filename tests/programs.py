@@ -98,7 +98,7 @@ def torchrun(processes, program, *argv):
 
 
 def one_thread(function, *args):
-    """Call a function with torch on one thread, as the processes of `python` are: for bit-wise comparisons."""
+    """Call a function with torch on one thread, as processes of `python` have: for bit-wise comparison."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,7 +117,7 @@ def contents(folder):
 
 
 def draw(label, seed, width=SIZE, height=SIZE):
-    """A picture of a class, uint8 [height, width, 3]: coloured bars, noise or rings, none of them symmetric."""
+    """A picture of a class, uint8 [height, width, 3]: coloured bars, noise or rings, none symmetric."""
     rng = np.random.default_rng([label, seed])
     y, x = np.mgrid[:height, :width]
     colours = rng.integers(0, 256, (2, 3))
@@ -202,7 +202,7 @@ def train_flags(output_dir, **changes):
 
 @lru_cache(maxsize=1)
 def trained():
-    """The run folder of a short training (config.json, metrics.jsonl, checkpoint-last.pth, lpd.safetensors)."""
+    """The run folder of a short training: config, metrics, checkpoint-last.pth, lpd.safetensors."""
     path = workspace() / "run"
     finished(call("lpd", *train_flags(path)))
     return path

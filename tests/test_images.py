@@ -1,4 +1,4 @@
-"""Images in and out: the centre crop by hand, pixels in their two forms, folders, files that cannot be read."""
+"""Images in and out: the centre crop by hand, pixels in two forms, folders, files that cannot be read."""
 
 import numpy as np
 import pytest

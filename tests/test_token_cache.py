@@ -315,11 +315,11 @@ DAMAGE = {
     "labels cut short": (lambda f: _cut(f / "shard-00001.labels.npy"), "shard-00001.labels.npy"),
     "tokens missing": (lambda f: (f / "shard-00001.tokens.npy").unlink(), "shard-00001.tokens.npy"),
     "tokens of another grid": (
-        lambda f: _save(f / "shard-00000.tokens.npy", np.zeros((2, 2, 9), np.uint16)), "shard-00000.tokens.npy"),
+        lambda f: _save(f / "shard-00000.tokens.npy", np.zeros((2, 2, 9), np.uint16)), "[2, 2, 9]"),
     "tokens of another type": (
         lambda f: _save(f / "shard-00000.tokens.npy", np.zeros((2, 2, 4))), "float64"),
     "pickled labels": (
-        lambda f: _save(f / "shard-00000.labels.npy", np.array([print, 1], object)), "shard-00000.labels.npy"),
+        lambda f: _save(f / "shard-00000.labels.npy", np.array([print, 1], object)), "00000.labels.npy"),
     "an image too few": (
         lambda f: _save(f / "shard-00000.tokens.npy", np.zeros((1, 2, 4), np.uint16)), "4 images"),
     "label too large": (

@@ -123,11 +123,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def image_loader(folder, size, batches, num_workers):
     """A DataLoader over an iterable of (indices, views) pairs, read as they are needed; each item is the list
-    of what `ImageDataset` gives for them."""
+    of what `ImageDataset` gives for them. Draws nothing from torch's global generator: dropout is seeded."""
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
     return torch.utils.data.DataLoader(
-        ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list
-    )
+        ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
+        generator=torch.Generator(),
+    )  # fmt: skip
 
 
 def in_order(indices, batch_size):
