@@ -6,20 +6,24 @@
 The recipes are in scripts/train and scripts/eval. To resume, run the same command again.
 """
 
+import argparse
 import dataclasses
 import importlib.util
-import json
+import itertools
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint import load_lpd, load_tokenizer, start_from, state_digest
-from engine.evaluate import evaluate
+from engine.evaluate import Judge, Keep, evaluate, prepare_image_folder, warnings
+from engine.features import EXTRACTORS, file_digest, make_extractor
 from engine.generate import generate_images
-from engine.metrics import InceptionFeatures, find_inception, load_statistics
+from engine.metrics import load_statistics
 from engine.settings import resolve_settings
+from engine.sweep import best_setting, plot_sweep, setting_key, summarise, table, write_csv
 from engine.train import CachedTokens, EncodedImages, LossNotFinite, TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS
+from orders.lpd_order import ORDER_KINDS
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, dist, pictures
 from util.files import write_json
@@ -54,7 +58,22 @@ def parse_args(argv=None):
     e.add_argument("--eval_freq", type=cli.number(float, 0), default=40)
     e.add_argument("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
     e.add_argument("--num_images", type=cli.number(int, 2), default=50000)
+    e.add_argument("--seeds", type=cli.number(int, 0), nargs="+", help="evaluate with each; default: --seed")
     e.add_argument("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
+    e.add_argument("--features", choices=EXTRACTORS, default="inception", help="only inception gives FID")
+    e.add_argument("--kid", action="store_true", help="kernel distance; needs the reference's features")
+    e.add_argument("--prc", action="store_true", help="precision and recall; likewise")
+    e.add_argument("--save_images", metavar="DIR", help="keep the images as PNGs")
+    e.add_argument("--save_npz", metavar="FILE", help="keep the images as ADM does: arr_0 and labels")
+    e.add_argument("--sweep_cfg", type=cli.number(float, 0), nargs="+", help="evaluate each guidance scale")
+    e.add_argument("--sweep_steps", type=cli.number(int, 1), nargs="+", help="evaluate each number of steps")
+    e.add_argument("--sweep_order", choices=ORDER_KINDS, nargs="+", help="evaluate each kind of order")
+    e.add_argument(
+        "--final_images", type=cli.number(int, 2), help="the best of a sweep again, on so many images"
+    )
+    e.add_argument(
+        "--online_num_images", type=cli.number(int, 2), help="of --online_eval; default: --num_images"
+    )
     e.add_argument(
         "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
     )
@@ -118,7 +137,7 @@ def check_flags(args):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise cli.UsageError(f"--{flag} needs the package {package}: pip install {package}")
     if args.evaluate:
-        cli.required(args, "pretrained_ckpt", "vqgan_path")
+        cli.required(args, "pretrained_ckpt", "vqgan_path", "output_dir")
         return
     cli.required(args, "model", "output_dir")
     if args.use_cached == bool(args.data_path):
@@ -197,19 +216,24 @@ def train_config(args, shape, info, num_images, world):
     )  # fmt: skip
 
 
-def evaluation(args, tokenizer, grid_size, world):
-    """A function of a model that evaluates it as the flags say; everything it needs is loaded now."""
-    settings = generation_settings(args, grid_size, args.num_images)
-    reference = load_statistics(args.fid_stats) if args.fid_stats else None
-    extractor = InceptionFeatures(find_inception(args.inception), world.device)
+def judge_of(args, device):
+    """What images are measured with, loaded and checked."""
+    return Judge(
+        make_extractor(args.features, device, args.inception),
+        load_statistics(args.fid_stats) if args.fid_stats else None,
+        file_digest(args.fid_stats) if args.fid_stats else "",
+        kid=args.kid, prc=args.prc,
+    )  # fmt: skip
 
-    def run(model):
-        metrics = evaluate(
-            model, tokenizer, settings, args.num_images, args.eval_bsz, extractor, reference, world
-        )
-        return metrics and {**metrics, "settings": settings.as_json()}
 
-    return run
+def evaluation_facts(args, model, tokenizer, world):
+    """What decides an evaluation's numbers beside its settings."""
+    return {
+        "weights_digest": state_digest(model), "tokenizer_digest": state_digest(tokenizer),
+        "num_classes": model.config.num_classes, "bf16": args.bf16, "device": world.device.type,
+        "order_file_digest": file_digest(args.lpd_order_file) if args.lpd_order_file else "",
+        "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def sampler(args, tokenizer, config, info, world):
@@ -258,12 +282,18 @@ def prepare_training(args, world):
 
 def online_evaluation(args, tokenizer, config, world):
     """A training hook that evaluates and logs the metrics."""
-    run = evaluation(args, tokenizer, config.model.grid_size, world)
+    num_images = args.online_num_images or args.num_images
+    settings = generation_settings(args, config.model.grid_size, num_images)
+    judge = judge_of(args, world.device)
 
     def write(state, log):
-        metrics = run(state.model)
-        if metrics:
-            log.write(state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)})
+        result = evaluate(
+            state.model, tokenizer, settings, judge, num_images,
+            Path(args.output_dir) / "online_evaluation" / f"step-{state.step:07d}",
+            evaluation_facts(args, state.model, tokenizer, world), world, batch_size=args.eval_bsz,
+        )  # fmt: skip
+        if result:
+            log.write(state.step, **result["metrics"])
 
     return write
 
@@ -296,20 +326,76 @@ def make_log(args, config, step):
     return MetricsLog(output_dir, resume_step=step, listeners=listeners)
 
 
+def sweep(args, grid_size):
+    """The settings to evaluate: every combination of the lists given, once for each seed."""
+    lists = {
+        "order": args.sweep_order or [args.order],
+        "generation_steps": args.sweep_steps or [args.generation_steps],
+        "cfg": args.sweep_cfg or [args.cfg],
+        "seed": args.seeds or [args.seed],
+    }
+    if args.lpd_order_file and (args.sweep_order or args.sweep_steps):
+        raise ValueError(
+            "--lpd_order_file is of one order and schedule: not with --sweep_order, --sweep_steps"
+        )
+    num_images = max(args.num_images, args.final_images or 0)
+    for values in itertools.product(*lists.values()):
+        given = argparse.Namespace(**{**vars(args), **dict(zip(lists, values, strict=True))})
+        yield generation_settings(given, grid_size, num_images)
+
+
 def run_evaluation(args, world):
     with cli.checking():
         tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
         cli.check_tokenizer_flags(args, tokenizer.config)
         model, info = load_lpd(args.pretrained_ckpt, args.model)
         cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
-        run = evaluation(args, tokenizer, model.config.grid_size, world)
+        variants = list(sweep(args, model.config.grid_size))
+        keep = kept_images(args, len(variants))
+        judge = judge_of(args, world.device)
         model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
-    result = run(model)
-    if result:
-        result |= {"weights": state_digest(model), "tokenizer": state_digest(tokenizer), "bf16": args.bf16}
-        print(json.dumps(result))
-        if args.output_dir:
-            write_json(Path(args.output_dir) / "evaluation.json", result)
+        facts = evaluation_facts(args, model, tokenizer, world)
+
+    def run(settings, num_images):
+        return evaluate(
+            model, tokenizer, settings, judge, num_images, args.output_dir, facts, world,
+            batch_size=args.eval_bsz, keep=keep,
+        )  # fmt: skip
+
+    results = [run(settings, args.num_images) for settings in variants]
+    if args.final_images:
+        best = dist.gather_objects(best_setting(results) if world.is_main else None)[0]
+        results += [run(s, args.final_images) for s in variants if setting_key(s.as_json()) == best]
+    if world.is_main:
+        report(args, results, model.config.num_classes)
+
+
+def kept_images(args, num_variants):
+    """Where the images go; one evaluation only, and nothing of others in the folder."""
+    if (args.save_images or args.save_npz) and (num_variants > 1 or args.final_images):
+        raise ValueError(
+            "--save_images and --save_npz are for one evaluation, not for a sweep or several seeds"
+        )
+    if args.save_npz and Path(args.save_npz).suffix != ".npz":
+        raise ValueError(f"--save_npz {args.save_npz} must end in .npz")
+    return Keep(
+        prepare_image_folder(args.save_images) if args.save_images else None,
+        Path(args.save_npz) if args.save_npz else None,
+    )
+
+
+def report(args, results, num_classes):
+    """The table, and for a sweep its CSV and plot."""
+    summary = summarise(results)
+    if len(results) > 1:
+        write_csv(Path(args.output_dir) / "sweep.csv", summary)
+        plot_sweep(Path(args.output_dir) / "sweep.png", summary)
+    print(table(summary))
+    for num_images in sorted({result["num_images"] for result in results}):
+        for line in warnings(num_images, num_classes):
+            print(f"warning: {line}")
+    if not args.fid_stats:
+        print("warning: no --fid_stats: no FID")
 
 
 def main(argv=None):

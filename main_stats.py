@@ -1,6 +1,6 @@
 """Reference statistics for FID: mean and covariance of the features of real images.
 
-    torchrun --nproc_per_node 8 main_stats.py --data_path imagenet/train --img_size 256 --output_file stats256.npz
+    torchrun --nproc_per_node 8 main_stats.py --data_path imagenet/train --output_file imagenet256.npz
     python main_stats.py --reference_batch VIRTUAL_imagenet256_labeled.npz --output_file adm256.npz
 
 Takes an image folder (ADM's centre crop) or one of ADM's reference batches, at any size.
@@ -22,14 +22,22 @@ from util.npz import open_array
 def parse_args(argv=None):
     parser = cli.Parser(description="Reference statistics for FID")
     parser.add_argument("--data_path", metavar="DIR", help="CLASS/IMAGE folders")
-    parser.add_argument("--reference_batch", metavar="FILE", help=".npz with arr_0 uint8 [n, H, W, 3], as of ADM")
+    parser.add_argument(
+        "--reference_batch", metavar="FILE", help=".npz with arr_0 uint8 [n, H, W, 3], as of ADM"
+    )
     parser.add_argument("--output_file", metavar="FILE", help=".npz to write")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--img_size", type=cli.number(int, 1), help="pixels; default: 256, or the batch's own")
+    parser.add_argument(
+        "--img_size", type=cli.number(int, 1), help="pixels; default: 256, or the batch's own"
+    )
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=64)
-    parser.add_argument("--save_features", action="store_true", help="keep the features, for KID and precision")
+    parser.add_argument(
+        "--save_features", action="store_true", help="keep the features, for KID and precision"
+    )
     parser.add_argument("--features", choices=EXTRACTORS, default="inception")
-    parser.add_argument("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
+    parser.add_argument(
+        "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
+    )
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
@@ -51,13 +59,17 @@ def open_images(args):
     if args.data_path:
         cli.existing_folder("--data_path", args.data_path)
         folder, img_size = list_images(args.data_path), args.img_size or 256
-        return len(folder), f"centre crop to {img_size} px", lambda indices: folder_images(
-            folder, img_size, indices, args.batch_size, args.num_workers
+        return (
+            len(folder),
+            f"centre crop to {img_size} px",
+            lambda indices: folder_images(folder, img_size, indices, args.batch_size, args.num_workers),
         )
     cli.existing_file("--reference_batch", args.reference_batch)
     array = open_array(args.reference_batch, "arr_0")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise ValueError(f"--reference_batch: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n, H, W, 3]")
+        raise ValueError(
+            f"--reference_batch: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n, H, W, 3]"
+        )
     if args.img_size not in (None, array.shape[1]):
         raise ValueError(f"--img_size is {args.img_size}, {args.reference_batch} holds {array.shape[1]} px")
     said = f"reference batch of {array.shape[1]} px, as it is"
@@ -106,8 +118,8 @@ def main(argv=None):
     statistics, features = gather_statistics(world, n, images, extractor, keep=args.save_features)
     if world.is_main:
         save_statistics(
-            output, statistics, features=features, extractor=extractor.name, extractor_digest=extractor.digest,
-            preparation=preparation,
+            output, statistics, features=features, extractor=extractor.name,
+            extractor_digest=extractor.digest, preparation=preparation,
         )  # fmt: skip
         print(f"{output}: {n} images, {len(statistics['mu'])} features of {extractor.name}, {preparation}")
     dist.finish()

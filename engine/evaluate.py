@@ -1,16 +1,18 @@
 """Evaluation: images of a model as a stream, their features, the metrics.
 
-Knows which image has which number, label and order, and how an evaluation survives a kill. Does not know model
-internals or flags. The images of an evaluation are cut into chunks of consecutive numbers; a chunk's features
-are a file, complete or not there, so a killed evaluation goes on with the chunks that are missing. Processes
-share out the chunks; the batches of a chunk are the same for any number of processes.
+Knows which image has which number, label and order, and how an evaluation survives a kill. Does not know
+model internals or flags. The images of an evaluation are cut into chunks of consecutive numbers; a chunk's
+features are a file, complete or not there, so a killed evaluation goes on with the chunks that are missing.
+Processes share out the chunks; the batches of a chunk are the same for any number of processes.
 """
 
 import json
+import shutil
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from util.images import to_uint8
 from util.pictures import save_png
 
 CHUNK = 1000  # images of a chunk: 12 MB of Inception features and logits
+PHASES = ("generate", "decode", "features")
 PUBLISHED_IMAGES = 50000
 MARK = "evaluation-images.json"  # marks a folder of PNGs as ours
 
@@ -62,6 +65,20 @@ class Stopwatch:
         return dict(self.seconds)
 
 
+def check_same(place, saved, protocol):
+    """Refuse to go on with what was made with other settings.
+
+    Raises:
+        ValueError: naming the first setting that changed.
+    """
+    for key, value in json.loads(json.dumps(protocol)).items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"{place} was made with {key} {str(saved.get(key))[:60]}, now it is {str(value)[:60]}: "
+                "give another --output_dir"
+            )
+
+
 class ChunkStore:
     """The chunks of one evaluation in a folder, and the settings they were made with.
 
@@ -72,16 +89,9 @@ class ChunkStore:
     def __init__(self, folder, protocol):
         self.folder, self.protocol = Path(folder), protocol
         self.num_images = protocol["num_images"]
-        plan = self.folder / "protocol.json"
-        if plan.exists():
-            saved = json.loads(plan.read_text())
-            changed = [k for k in protocol if saved.get(k) != json.loads(json.dumps(protocol[k]))]
-            if changed:
-                key = changed[0]
-                raise ValueError(
-                    f"{self.folder} was begun with {key} {str(saved.get(key))[:60]}, now it is "
-                    f"{str(protocol[key])[:60]}: give another --output_dir"
-                )
+        if (self.folder / "protocol.json").exists():
+            saved = json.loads((self.folder / "protocol.json").read_text())
+            check_same(self.folder, saved, protocol)
 
     def begin(self):
         """Write the settings down."""
@@ -146,10 +156,8 @@ def generated_images(model, tokenizer, settings, ids, num_images, batch_size, st
         yield batch, images
 
 
-def fill_chunks(
-    model, tokenizer, settings, store, batch_size, extractor, world, *, image_folder=None, keep_images=False
-):
-    """Generate the images of the missing chunks, keep their features; returns seconds by phase.
+def fill_chunks(model, tokenizer, settings, store, batch_size, judge, world, keep):
+    """Generate the images of the missing chunks and keep their features; returns seconds by phase.
 
     PNGs are written by other threads while the device goes on.
     """
@@ -161,66 +169,128 @@ def fill_chunks(
         ThreadPoolExecutor(4) as writers,
     ):
         for chunk in mine:
-            features, pictures, writing = defaultdict(list), [], []
+            features, pixels, writing = defaultdict(list), [], []
             for ids, images in generated_images(
                 model, tokenizer, settings, store.ids(chunk), store.num_images, batch_size, stopwatch
             ):
                 with stopwatch("features"):
-                    for key, value in extractor(images).items():
+                    for key, value in judge.extractor(images).items():
                         features[key].append(value)
-                if image_folder or keep_images:
-                    pictures.append(images.cpu().numpy())
-                if image_folder:
+                if keep.image_folder or keep.npz_path:
+                    pixels.append(images.cpu().numpy())
+                if keep.image_folder:
+                    paths = [keep.image_folder / f"{i:06d}.png" for i in ids.tolist()]
                     writing += [
-                        writers.submit(save_png, Path(image_folder) / f"{i:06d}.png", pixels)
-                        for i, pixels in zip(ids.tolist(), pictures[-1], strict=True)
+                        writers.submit(save_png, *pair) for pair in zip(paths, pixels[-1], strict=True)
                     ]
                 progress.update(len(ids))
             for future in writing:
                 future.result()  # a failing disk ends the evaluation
             arrays = {key: torch.cat(parts).float().cpu().numpy() for key, parts in features.items()}
-            if keep_images:
-                arrays["images"] = np.concatenate(pictures)
+            if keep.npz_path:
+                arrays["images"] = np.concatenate(pixels)
             store.write(chunk, arrays)
     return stopwatch.totals()
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What images are measured with.
+
+    Attributes:
+        extractor: of engine.features. reference: from `load_statistics`, or None.
+        reference_digest: names the reference's file. kid, prc: compute these too.
+    """
+
+    extractor: object
+    reference: dict | None = None
+    reference_digest: str = ""
+    kid: bool = False
+    prc: bool = False
+
+    def __post_init__(self):
+        made_of = (self.reference or {}).get("extractor", self.extractor.name)
+        if made_of != self.extractor.name:
+            raise ValueError(f"--fid_stats are of {made_of} features, --features is {self.extractor.name}")
+        if (self.kid or self.prc) and "features" not in (self.reference or {}):
+            raise ValueError("--kid and --prc need --fid_stats made by main_stats.py --save_features")
+
+    def as_json(self):
+        """A dict of plain values."""
+        return {
+            "features": self.extractor.name, "features_digest": self.extractor.digest,
+            "reference_digest": self.reference_digest, "reference_n": (self.reference or {}).get("n"),
+            "kid": self.kid, "prc": self.prc,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where the images of an evaluation are kept, if they are: a folder of PNGs, an `.npz` as of ADM."""
+
+    image_folder: Path | None = None
+    npz_path: Path | None = None
+
+
+def result_name(settings, num_images):
+    """The file name of an evaluation's result, without its suffix."""
+    steps = len(settings.group_sizes)
+    return f"{settings.order}_steps{steps}_cfg{settings.cfg:g}_seed{settings.seed}_n{num_images}"
+
+
 def evaluate(
-    model, tokenizer, settings, protocol, folder, extractor, reference, world, *, batch_size, kid=False,
-    prc=False, image_folder=None, npz_path=None,
+    model, tokenizer, settings, judge, num_images, output_dir, facts, world, *, batch_size, keep=Keep()
 ):  # fmt: skip
-    """Metrics of generated images.
+    """Metrics of generated images, written to OUTPUT_DIR/NAME.json with every setting that decides them.
+
+    Run again after a kill it goes on with the missing chunks, in OUTPUT_DIR/NAME; run again when finished it
+    gives the written result.
 
     Args:
-        protocol: dict of plain values, all that decides the numbers; has `num_images`.
-        folder: where the chunks go; a killed evaluation goes on from there.
-        reference: from `load_statistics`, or None.
-        image_folder, npz_path: where the images are kept, if they are.
+        facts: dict of plain values: what else decides the number (digests of the weights, precision, device).
     Returns:
-        dict of metrics and of seconds by phase on the first process, None on the others.
+        dict of the settings, `metrics`, and `seconds` by phase on the first process; None on the others.
+    Raises:
+        ValueError: OUTPUT_DIR holds that name with other settings.
     """
-    store = ChunkStore(folder, protocol)
+    protocol = {
+        **settings.as_json(),
+        "num_images": num_images,
+        **judge.as_json(),
+        "batch_size": batch_size,
+        **facts,
+    }
+    name = result_name(settings, num_images)
+    store = ChunkStore(Path(output_dir) / name, protocol)
+    path = Path(output_dir) / f"{name}.json"
+    if path.exists():
+        result = json.loads(path.read_text())
+        check_same(path, result, protocol)
+        return result if world.is_main else None
     if world.is_main:
         store.begin()
-        if image_folder:
-            write_json(Path(image_folder) / MARK, protocol)
+        if keep.image_folder:
+            write_json(keep.image_folder / MARK, protocol)
     dist.barrier()
-    seconds = fill_chunks(
-        model, tokenizer, settings, store, batch_size, extractor, world, image_folder=image_folder,
-        keep_images=npz_path is not None,
-    )  # fmt: skip
-    seconds = dist.gather_objects(seconds)
+    parts = dist.gather_objects(
+        fill_chunks(model, tokenizer, settings, store, batch_size, judge, world, keep)
+    )
     if not world.is_main:
         return None
     start = time.perf_counter()
     metrics = compute_metrics(
-        store.read("features"), store.read("logits"), extractor.name, reference, kid=kid, prc=prc
-    )
-    seconds = {phase: max(part.get(phase, 0.0) for part in seconds) for phase in ("generate", "decode", "features")}
+        store.read("features"), store.read("logits"), judge.extractor.name, judge.reference, kid=judge.kid,
+        prc=judge.prc,
+    )  # fmt: skip
+    seconds = {phase: max(part.get(phase, 0.0) for part in parts) for phase in PHASES}
     seconds["metrics"] = time.perf_counter() - start
-    if npz_path:
-        save_npz(npz_path, store, model.config.num_classes)
-    return {"metrics": metrics, "seconds": {phase: round(value, 3) for phase, value in seconds.items()}}
+    if keep.npz_path:
+        save_npz(keep.npz_path, store, model.config.num_classes)
+    seconds = {phase: round(value, 3) for phase, value in seconds.items()}
+    result = {**protocol, "metrics": metrics, "seconds": seconds}
+    write_json(path, result)
+    shutil.rmtree(store.folder)
+    return result
 
 
 def save_npz(path, store, num_classes):

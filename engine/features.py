@@ -1,7 +1,7 @@
 """Feature extractors: uint8 images in, features out, each with a name and a digest of its weights.
 
-Knows the Inception network of FID and an ImageNet classifier that a package ships. Does not know metrics. Only
-features of `inception` may be called FID.
+Knows the Inception network of FID and an ImageNet classifier that a package ships. Does not know metrics.
+Only a distance on features of `inception` may be called FID.
 """
 
 import contextlib

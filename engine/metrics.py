@@ -107,7 +107,12 @@ def kernel_distance(features, reference, *, subsets=100, subset_size=1000):
 def precision_recall(features, reference, *, neighbours=3):
     """Improved precision and recall of generated features against real ones, both float [n, F]."""
     result = prc_features_to_metric(
-        features, reference, prc_neighborhood=neighbours, prc_batch_size=10000, save_cpu_ram=True, verbose=False
+        features,
+        reference,
+        prc_neighborhood=neighbours,
+        prc_batch_size=10000,
+        save_cpu_ram=True,
+        verbose=False,
     )
     return float(result["precision"]), float(result["recall"])
 

@@ -44,7 +44,7 @@ def test_link_of_the_readme_leads_to_a_file(path):
 
 
 def file_map():
-    """Paths of the README's file table, with a{b,c} spelled out and bare names put into their row's folder."""
+    """Paths of the README's file table, a{b,c} spelled out and bare names put into their row's folder."""
     for cell in re.findall(r"^\| (`.*?) \|", README.split("## Files")[1], re.M):
         folder = ""
         for name in re.findall(r"`([^`]+)`", cell):
