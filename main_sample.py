@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--compare_steps", type=cli.number(int, 1), help="make the same images in so many steps too"
     )
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    cli.add_seed_flag(parser)
     parser.add_argument("--bf16", action="store_true")
     cli.add_device_flags(parser)
     cli.add_generation_flags(parser)

@@ -4,9 +4,7 @@ Knows uint8 images, the Inception network's weights and reference statistics. Do
 from.
 """
 
-import contextlib
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 
+from engine.checkpoint import load_checkpoint
+
+FEATURES = 2048  # of Inception's last pooling
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -36,14 +37,22 @@ def find_inception(path=None):
 
 
 class InceptionFeatures:
-    """torch-fidelity's Inception: uint8 images [B, H, W, 3] -> features [B, 2048] and logits [B, 1008]."""
+    """torch-fidelity's Inception: uint8 images [B, H, W, 3] -> features [B, 2048] and logits [B, 1008].
+
+    Raises:
+        ValueError: the file holds something else, or code.
+    """
 
     def __init__(self, path, device):
-        with contextlib.redirect_stdout(sys.stderr):
+        load_checkpoint(path)  # torch-fidelity would run code in the file: this refuses one that holds any
+        try:
             self.extractor = create_feature_extractor(
-                "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
+                "inception-v3-compat", [str(FEATURES), "logits_unbiased"], cuda=False, verbose=False,
                 feature_extractor_weights_path=str(path),
             ).to(device)  # fmt: skip
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{path}: no Inception weights ({reason}...)") from None
         self.device = device
 
     @torch.inference_mode()
@@ -53,18 +62,22 @@ class InceptionFeatures:
 
 
 def load_statistics(path):
-    """Reference statistics, `.npz` with `mu` [F] and `sigma` [F, F], as float64.
+    """Reference statistics, `.npz` with `mu` [2048] and `sigma` [2048, 2048], as float64.
 
     Raises:
-        ValueError: damaged, keys missing or shapes that do not fit each other.
+        ValueError: damaged, keys missing, other shapes, or numbers that are none.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mu, sigma = (np.asarray(arrays[k], dtype=np.float64) for k in ("mu", "sigma"))
     except Exception as error:  # zip, npy and key errors alike
         raise ValueError(f"{path}: no statistics with mu and sigma ({error})") from None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu is {list(mu.shape)}, sigma {list(sigma.shape)}")
+    if mu.shape != (FEATURES,) or sigma.shape != (FEATURES, FEATURES):
+        raise ValueError(
+            f"{path}: mu is {list(mu.shape)}, sigma {list(sigma.shape)}; Inception has {FEATURES} features"
+        )
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise ValueError(f"{path}: mu or sigma is not finite")
     return {"mu": mu, "sigma": sigma}
 
 

@@ -50,6 +50,11 @@ def number(kind, least=None, most=None):
     return parse
 
 
+def add_seed_flag(parser):
+    """--seed; so bounded that all seeds made of it, for steps and processes, fit 64 bits."""
+    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
+
+
 def add_device_flags(parser):
     """--device and --num_workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
