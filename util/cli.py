@@ -161,7 +161,8 @@ def run(main):
     try:
         main()
     except (UsageError, Failure, UnreadableImage, DamagedCache, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # All processes find the same fault in the flags: one tells it. What fails later may do so in any one.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
