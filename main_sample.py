@@ -140,7 +140,8 @@ def film(model, tokenizer, settings, labels, image_ids, columns):
 def save_images(folder, images, labels, names):
     """One PNG per image, in a folder per class."""
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        pictures.save_png(folder / names[label].replace("/", "_") / f"{i:05d}.png", image)
+        name = names[label].strip(".").replace("/", "_") or "_"  # names come out of files: never a way up
+        pictures.save_png(folder / name / f"{i:05d}.png", image)
 
 
 def table(rows):
