@@ -45,7 +45,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--output_dir", metavar="DIR")
     parser.add_argument("--resume", metavar="DIR", help="run to go on with where --output_dir holds none")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    cli.add_seed_flag(parser)
     parser.add_argument("--bf16", action="store_true", help="bfloat16; without it float32")
     cli.add_device_flags(parser)
     add_training_flags(parser)
@@ -173,11 +173,16 @@ def check_tokenizer_made(args, tokenizer, meta):
 def open_source(args, tokenizer, world):
     """What to train on: the source of tokens, and what is to be said of it."""
     if args.use_cached:
-        known = {"vocab_size": args.vqgan_vocab_size or 16384, "img_size": args.img_size or 256}
+        codes = tokenizer.config.vocab_size if tokenizer else args.vqgan_vocab_size
+        known = {"vocab_size": codes or 16384, "img_size": args.img_size or 256}
         cache = open_token_cache(args.cached_path, **known)
         meta = cache.meta
         if tokenizer:
             check_tokenizer_made(args, tokenizer, meta)
+        if args.vqgan_vocab_size not in (None, meta.vocab_size):
+            raise ValueError(
+                f"--vqgan_vocab_size is {args.vqgan_vocab_size}, {args.cached_path} has {meta.vocab_size}"
+            )
         if args.img_size not in (None, meta.img_size):
             raise ValueError(f"--img_size is {args.img_size}, {args.cached_path} holds {meta.img_size} px")
         shape = {"grid_size": meta.grid_size, "vocab_size": meta.vocab_size}
@@ -204,10 +209,14 @@ def train_config(args, shape, info, num_images, world):
         label_drop_prob=args.label_drop_prob,
     )  # fmt: skip
     counts = args.group_sizes_list or training_steps(model.num_tokens)
+    try:
+        schedules = tuple(cosine_group_sizes(model.num_tokens, steps) for steps in counts)
+    except ValueError as error:
+        raise ValueError(f"--group_sizes_list: {error}") from None
     global_batch = args.batch_size * args.accum_iter * world.size
     return TrainConfig(
         model=model, num_images=num_images,
-        schedules=tuple(cosine_group_sizes(model.num_tokens, steps) for steps in counts),
+        schedules=schedules,
         epochs=args.epochs, global_batch=global_batch,
         lr=args.blr * global_batch / 256 if args.lr is None else args.lr, min_lr=args.min_lr,
         lr_schedule=args.lr_schedule, warmup_epochs=args.warmup_epochs,

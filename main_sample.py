@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--compare_steps", type=cli.number(int, 1), help="make the same images in so many steps too"
     )
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    cli.add_seed_flag(parser)
     parser.add_argument("--bf16", action="store_true")
     cli.add_device_flags(parser)
     cli.add_generation_flags(parser)
@@ -140,7 +140,8 @@ def film(model, tokenizer, settings, labels, image_ids, columns):
 def save_images(folder, images, labels, names):
     """One PNG per image, in a folder per class."""
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        pictures.save_png(folder / names[label].replace("/", "_") / f"{i:05d}.png", image)
+        name = names[label].strip(".").replace("/", "_") or "_"  # names come out of files: never a way up
+        pictures.save_png(folder / name / f"{i:05d}.png", image)
 
 
 def table(rows):

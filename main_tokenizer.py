@@ -34,7 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=cli.number(float, 0), default=1e-3)
     parser.add_argument("--warmup_steps", type=cli.number(int, 0), default=100)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0)
+    cli.add_seed_flag(parser)
     parser.add_argument(
         "--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints"
     )

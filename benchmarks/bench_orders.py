@@ -37,10 +37,12 @@ def main() -> None:
     parser.add_argument("--num_runs", type=int, default=60000, help="orders of each case")
     parser.add_argument("--max_workers", type=int, default=os.cpu_count(), help="threads")
     parser.add_argument("--output_file", type=Path, help="name of the results, without suffix")
+    parser.add_argument("--note", default="", help="what else ran on the machine, for the results")
     args = parser.parse_args()
     results = {
         "machine": {"processor": processor_name(), "cpus": os.cpu_count(), "numpy": np.__version__},
         "date": time.strftime("%Y-%m-%d"),
+        "note": args.note,
         "orders": args.num_runs,
         "workers": args.max_workers,
         "cases": {name: measured(case, args.num_runs, args.max_workers) for name, case in CASES.items()},
@@ -151,6 +153,7 @@ def as_markdown(results: dict) -> str:
         "",
         f"{machine['processor']}, {machine['cpus']} CPUs, {results['workers']} threads, "
         f"NumPy {machine['numpy']}. Peak memory {results['peak_memory_gb']} GB. Made, not written to files.",
+        results["note"],
         "",
         "| | " + " | ".join(results["cases"]) + " |",
         "|---|" + "---|" * len(results["cases"]),

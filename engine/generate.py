@@ -45,7 +45,7 @@ def generate_tokens(
         cfg: guidance scale; at 1 the unconditional branch is not computed.
         temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: 1 keeps all.
         seed, image_ids: int, int64 [B] (default 0..B-1): the noise of an image depends on the two alone.
-        on_group: called after each group with (tokens so far [B, L], slots filled so far).
+        on_group: called after each group with (tokens so far [B, L], to be cloned if kept; slots filled).
     Returns:
         int64 [B, L], raster order.
     """

@@ -38,6 +38,14 @@ def _as_int32(x):
     return ((x ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
+def _image_word(seed, image_ids, start):
+    """32 bits [B] that depend on the seed and the image's id."""
+    word = torch.full_like(image_ids, start)
+    for part in (seed & MASK_32, (seed >> 32) & MASK_32, image_ids & MASK_32, image_ids >> 32):
+        word = _mix((word + 0x9E3779B9 & MASK_32) ^ part)
+    return word
+
+
 def gumbel_noise(seed, image_ids, positions, vocab_size):
     """Standard Gumbel noise that depends on (seed, image id, grid position, code) alone.
 
@@ -49,13 +57,12 @@ def gumbel_noise(seed, image_ids, positions, vocab_size):
     Returns:
         float32 [B, n, V].
     """
-    key = _mix(torch.full_like(image_ids, seed & MASK_32))
-    for word in ((seed >> 32) & MASK_32, image_ids & MASK_32, image_ids >> 32):
-        key = _mix((key + 0x9E3779B9 & MASK_32) ^ word)  # [B]
-    key = _mix((key[:, None] + 0x9E3779B9 & MASK_32) ^ positions)[..., None]  # [B, n, 1]
+    first, second = (_image_word(seed, image_ids, start)[:, None] for start in (0x9E3779B9, 0x7F4A7C15))
+    # Two words of each row, both of all 64 bits of the image's: an offset and an odd factor for every code.
+    offset = _mix(_mix(first ^ positions) + second & MASK_32)[..., None]  # [B, n, 1]
+    factor = _mix(_mix(second ^ positions) + first & MASK_32)[..., None] | 1  # [B, n, 1]
     codes = _as_int32(_mix(torch.arange(1, vocab_size + 1, device=positions.device)))  # [V]
-    # Two words of the key act on every code: an offset and an odd factor.
-    bits = (codes ^ _as_int32(key)) * _as_int32(_mix(key ^ 0x5BD1E995) | 1)  # [B, n, V]
+    bits = (codes ^ _as_int32(offset)) * _as_int32(factor)  # [B, n, V]
     bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
     bits = bits ^ (bits >> 15 & 0x1FFFF)
     uniform = ((bits >> 9 & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32

@@ -64,6 +64,8 @@ class TokenizerState:
             ValueError: it was made with other settings; the message names the first.
         """
         checkpoint = load_checkpoint(path)
+        if "code_use" not in checkpoint:
+            raise ValueError(f"{path}: no checkpoint of tokenizer training: give another --output_dir")
         saved = checkpoint["train_config"]
         changed = [k for k, v in asdict(config).items() if saved.get(k) != v]
         if changed:

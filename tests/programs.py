@@ -64,7 +64,7 @@ def finished(outcome):
     return outcome
 
 
-def python(*words, cwd=None, timeout=240):
+def python(*words, cwd=None, timeout=500):
     """Run `python WORDS` as a process of its own, one thread, the repository importable."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LPD_INCEPTION")
     env = {name: value for name, value in os.environ.items() if name not in hidden}

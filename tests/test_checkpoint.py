@@ -1,6 +1,7 @@
 """Weights on disk: ours and released ones; what is damaged, hostile or does not fit is refused."""
 
 import argparse
+import errno
 import os
 import pickle
 from dataclasses import replace
@@ -289,17 +290,29 @@ def test_the_hostile_object_of_these_tests_is_hostile(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", list(SAVERS))
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, tiny_lpd, suffix):
+def test_a_save_on_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, tiny_lpd, suffix, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     path = tmp_path / f"a{suffix}"
     SAVERS[suffix](path, tiny_lpd)
     before = path.read_bytes()
-    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        if suffix == ".pth":
-            save_checkpoint(path, {"model": tiny_lpd.state_dict(), "bad": lambda: None})
-        else:
-            save_weights(path, tiny_lpd, bad=object())
+    monkeypatch.setattr(os, "fsync", full)
+    torch.nn.init.zeros_(tiny_lpd.head.weight)
+    with pytest.raises(OSError, match="No space left"):
+        SAVERS[suffix](path, tiny_lpd)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_that_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, tiny_lpd):
+    """A function cannot be pickled, which torch.save finds out when the file is begun."""
+    save_pth(tmp_path / "a.pth", tiny_lpd)
+    before = (tmp_path / "a.pth").read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(tmp_path / "a.pth", {"model": tiny_lpd.state_dict(), "bad": lambda: None})
+    assert (tmp_path / "a.pth").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pth"]
 
 
 @pytest.mark.parametrize("suffix", list(SAVERS))

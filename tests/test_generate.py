@@ -112,7 +112,9 @@ def test_guidance_acts_by_slot(cfg, schedule, first):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"cfg": 3.0}, {"top_k": 5, "top_p": 0.9, "temperature": 0.8}], ids=str
+    "settings",
+    [{}, {"cfg": 3.0}, {"top_k": 5, "top_p": 0.9, "temperature": 0.8}],
+    ids=["plain", "guided", "cut"],
 )
 def test_an_image_is_the_same_for_batch_sizes_1_3_and_8(tiny_lpd, settings):
     def generate_in_batches(size):

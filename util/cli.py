@@ -50,6 +50,11 @@ def number(kind, least=None, most=None):
     return parse
 
 
+def add_seed_flag(parser):
+    """--seed; so bounded that all seeds made of it, for steps and processes, fit 64 bits."""
+    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
+
+
 def add_device_flags(parser):
     """--device and --num_workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
@@ -156,7 +161,8 @@ def run(main):
     try:
         main()
     except (UsageError, Failure, UnreadableImage, DamagedCache, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # All processes find the same fault in the flags: one tells it. What fails later may do so in any one.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
