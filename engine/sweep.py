@@ -25,9 +25,10 @@ def is_frechet(metric):
 
 
 def summarise(results):
-    """One dict per setting: the settings, n of seeds, and each metric's mean and spread (standard deviation).
+    """One dict per setting: the settings, number of seeds, each metric's mean and spread over the seeds, seconds.
 
-    Spreads over one seed are None.
+    The spread is the standard deviation (of n - 1), None for one seed. The seconds are of generating and
+    decoding an image.
     """
     groups = defaultdict(list)
     for result in results:
@@ -36,7 +37,7 @@ def summarise(results):
     for key, group in groups.items():
         row = dict(zip(SETTINGS, key, strict=True)) | {"seeds": len(group)}
         for metric in group[0]["metrics"]:
-            if metric.endswith("_std"):
+            if "_std" in metric:
                 continue  # of the splits of one evaluation, not over seeds
             values = [result["metrics"][metric] for result in group]
             row[metric] = statistics.fmean(values)
@@ -93,7 +94,7 @@ def write_csv(path, rows):
 def plot_sweep(path, rows):
     """Plot the Frechet distance (else the first metric) against steps or guidance scale, a curve per order.
 
-    Against steps where several step counts were evaluated, else against the guidance scale.
+    Against steps where several step counts were evaluated, else against the guidance scale. Bars are spreads.
     """
     metrics = [k for k in rows[0] if f"{k}_spread" in rows[0]]
     metric = next((name for name in metrics if is_frechet(name)), metrics[0])
@@ -102,7 +103,8 @@ def plot_sweep(path, rows):
     curves = defaultdict(list)
     for row in sorted(rows, key=lambda row: row[axis]):
         if row["num_images"] == least:  # the final evaluation of a sweep compares with no other point
-            curves[f"{row['order']}, {other} {row[other]:g}"].append((row[axis], row[metric]))
+            spread = row[f"{metric}_spread"] or 0.0
+            curves[f"{row['order']}, {other} {row[other]:g}"].append((row[axis], row[metric], spread))
     named = {name: tuple(zip(*points, strict=True)) for name, points in curves.items()}
     label = COLUMNS.get(metric, metric.replace("_", " "))
     save_curves(
