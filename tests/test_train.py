@@ -145,6 +145,7 @@ def test_weight_decay_acts_on_matrices_and_never_on_vectors():
     config = dataclasses.replace(CONFIG, lr=1e-2, weight_decay=0.5)
     state = new_state(config, ALONE.device)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    assert sum(len(group["params"]) for group in state.optimizer.param_groups) == len(before)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()  # with no gradient, decay is all that moves a weight
