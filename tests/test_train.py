@@ -14,7 +14,7 @@ import numpy as np
 import programs
 import pytest
 import torch
-from programs import call, finished, one_thread, train_flags
+from programs import call, finished, train_flags
 
 import engine.train
 from engine.batches import own_part
@@ -267,7 +267,7 @@ def test_killed_run_goes_on_by_the_same_command_to_the_same_weights_bit_for_bit(
     assert load_checkpoint(tmp_path / "run/checkpoint-last.pth")["step"] == 5
     assert not (tmp_path / "run/lpd.safetensors").exists()
     finished(programs.start("lpd", *train_flags(tmp_path / "run", **flags)))
-    one_thread(lambda: finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags))))
+    finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags)))
     assert same(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
 
 
