@@ -97,23 +97,39 @@ def prepare_output(args):
         shutil.rmtree(images)
 
 
-def generate(model, tokenizer, settings, labels, batch_size, device):
-    """Images of labels int64 [n] as uint8 [n, H, W, 3], and the seconds it took."""
-    ids = torch.arange(len(labels))
-    warm = ids[:1]
-    generate_images(model, tokenizer, labels[warm], settings.orders(warm), settings.group_sizes)
-    orders = settings.orders(ids)
-    images = []
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds an image, decoding of the tokens included: alone (batch 1) and as one of a batch."""
+
+    name: str
+    steps: int
+    alone: float
+    in_batch: float
+
+
+def timed(model, tokenizer, settings, labels, image_ids, device):
+    """Images of one batch as uint8 [b, H, W, 3] on the CPU, and the seconds they took."""
+    orders = settings.orders(image_ids)
     dist.synchronize(device)
     start = time.perf_counter()
-    for batch in tqdm(ids.split(batch_size), unit="batch", desc=f"{len(settings.group_sizes)} steps"):
-        images.append(
-            generate_images(
-                model, tokenizer, labels[batch], orders[batch], settings.group_sizes, image_ids=batch,
-                **settings.decoding(),
-            ).cpu()
-        )  # fmt: skip
-    return torch.cat(images).numpy(), time.perf_counter() - start
+    images = generate_images(
+        model, tokenizer, labels, orders, settings.group_sizes, image_ids=torch.as_tensor(image_ids),
+        **settings.decoding(),
+    ).cpu()  # fmt: skip
+    return images, time.perf_counter() - start
+
+
+def generate(model, tokenizer, settings, labels, batch_size, device):
+    """Images of labels int64 [n] as uint8 [n, H, W, 3], and their Timing."""
+    steps = len(settings.group_sizes)
+    alone = [timed(model, tokenizer, settings, labels[:1], [0], device)[1] for _ in range(4)][1:]
+    made = [
+        timed(model, tokenizer, settings, labels[batch], batch.numpy(), device)
+        for batch in tqdm(torch.arange(len(labels)).split(batch_size), unit="batch", desc=f"{steps} steps")
+    ]
+    images, seconds = zip(*made, strict=True)
+    timing = Timing(f"{settings.order} order", steps, sorted(alone)[1], sum(seconds) / len(labels))
+    return torch.cat(images).numpy(), timing
 
 
 def film(model, tokenizer, settings, labels, image_ids, columns):
@@ -144,10 +160,14 @@ def save_images(folder, images, labels, names):
         pictures.save_png(folder / name / f"{i:05d}.png", image)
 
 
-def table(rows):
-    """Lines of (name, steps, seconds an image), each with its speed against the last."""
-    lines = [f"{'':24}{'steps':>6}{'s/image':>10}{'speed-up':>10}"]
-    lines += [f"{name:24}{n:6d}{seconds:10.4f}{rows[-1][2] / seconds:9.1f}x" for name, n, seconds in rows]
+def table(timings):
+    """Lines of text, a row for each Timing, each with its speed against the last."""
+    lines = [f"{'':16}{'steps':>6}{'s, one image alone':>20}{'s/image in a batch':>20}"]
+    for t in timings:
+        alone, in_batch = timings[-1].alone / t.alone, timings[-1].in_batch / t.in_batch
+        lines.append(
+            f"{t.name:16}{t.steps:6d}{t.alone:12.4f} ({alone:4.1f}x){t.in_batch:12.4f} ({in_batch:4.1f}x)"
+        )
     return "\n".join(lines)
 
 
@@ -172,13 +192,13 @@ def load(args, device):
 
 
 def make_variant(args, output, model, tokenizer, settings, labels, names, device):
-    """Generate and save the images of one setting; its sheet, and its row of the table."""
+    """Generate and save the images of one setting; their sheet and their Timing."""
     steps = len(settings.group_sizes)
-    images, seconds = generate(model, tokenizer, settings, labels, args.batch_size, device)
+    images, timing = generate(model, tokenizer, settings, labels, args.batch_size, device)
     save_images(output / f"images_{steps}_steps", images, labels, names)
     rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[:: args.num_per_class].tolist()]
     sheet = pictures.labelled_rows(images, rows, scale=max(1, 64 // images.shape[1]), title=f"{steps} steps")
-    return sheet, (f"{settings.order} order", steps, seconds / len(labels))
+    return sheet, timing
 
 
 def save_film_and_order(output, model, tokenizer, settings, labels, num_per_class):
@@ -207,14 +227,14 @@ def main(argv=None):
         make_variant(args, output, model, tokenizer, settings, labels, names, world.device)
         for settings in variants
     ]
-    sheets, results = zip(*made, strict=True)
+    sheets, timings = zip(*made, strict=True)
     pictures.save_png(output / "grid.png", sheets[0])
     if len(sheets) > 1:
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
     save_film_and_order(output, model, tokenizer, variants[0], labels, args.num_per_class)
-    record["seconds_per_image"] = {f"{steps} steps": round(seconds, 5) for _, steps, seconds in results}
+    record["seconds_per_image"] = [dataclasses.asdict(timing) for timing in timings]
     write_json(output / RECORD, record)
-    print(table(results))
+    print(table(timings))
     print(
         f"pictures: {output}/grid.png, order.png, film.gif{', comparison.png' if args.compare_steps else ''}"
     )

@@ -105,12 +105,28 @@ def load_state(model, state, path):
     model.load_state_dict(state)
 
 
+def _config(kind, values, path):
+    """A config from what a file says.
+
+    Raises:
+        ValueError: fields of another kind of config, or values out of range.
+    """
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config is none of {kind.__name__} ({error})") from None
+
+
+def _size(config):
+    return config.embed_dim, config.depth
+
+
 def load_tokenizer(path):
     """A `VQModel` in eval mode from its weights; without a config in the file it must be VQ-16."""
     state, info = read_weights(path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path}: no tokenizer weights: quantize.embedding.weight is missing")
-    model = VQModel(VQConfig(**info.get("config", {})))
+    model = VQModel(_config(VQConfig, info.get("config", {}), path))
     load_state(model, state, path)
     return model.eval().requires_grad_(False)
 
@@ -125,7 +141,13 @@ def lpd_config_of(state, info, path, model_name=None):
         if name not in state:
             raise ValueError(f"{path}: no LPD weights: {name} is missing")
     if "config" in info:
-        return LPDConfig(**info["config"])
+        config = _config(LPDConfig, info["config"], path)
+        if model_name is not None and (config.embed_dim, config.depth) != _size(LPD_CONFIGS[model_name]):
+            raise ValueError(
+                f"{path} has width {config.embed_dim} and depth {config.depth}, --model {model_name} has "
+                "{} and {}".format(*_size(LPD_CONFIGS[model_name]))
+            )
+        return config
     if model_name is None:
         raise ValueError(f"{path} does not say its size: give --model")
     config = dataclasses.replace(

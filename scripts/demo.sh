@@ -27,5 +27,5 @@ if [[ $train == 1 ]]; then
 fi
 
 "$python" "$repo/main_sample.py" --pretrained_ckpt "$lpd" --vqgan_path "$tokenizer" \
-    --num_per_class 8 --generation_steps 8 --compare_steps 64 --cfg 3 \
+    --num_per_class 8 --generation_steps 8 --compare_steps 64 --cfg 4 \
     --output_dir "$repo/output/demo" --overwrite "$@"

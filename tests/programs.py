@@ -37,6 +37,10 @@ VQ = VQConfig(
 STRIDE, TOKENS = 4, 16
 ON_CPU = ("--device", "cpu", "--num_workers", "0")
 
+# As the processes below, whose results are compared bit by bit with those of this one. On tensors so small
+# more threads would only cost time.
+torch.set_num_threads(1)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,16 +100,6 @@ def torchrun(processes, program, *argv):
         "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr", "127.0.0.1",
         "--master_port", port, REPO / f"main_{program}.py", *argv,
     )  # fmt: skip
-
-
-def one_thread(function, *args):
-    """Call a function with torch on one thread, as processes of `python` have: for bit-wise comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(*args)
-    finally:
-        torch.set_num_threads(before)
 
 
 def contents(folder):

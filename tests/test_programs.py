@@ -106,7 +106,8 @@ def test_from_a_folder_of_images_to_pictures_by_the_real_programs(tmp_path):
 
 
 def test_tokenizer_training_that_was_stopped_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
-    """Stopped in step 6 of 9 behind the checkpoint of step 4; codes are revived in steps 2, 4 and 6."""
+    """Stopped in step 6 of 9 behind the checkpoint of step 4; codes are revived in steps 3 and 6, the second
+    time by their use from step 4 on."""
     flags = [
         "--data_path", programs.images(), "--img_size", 16, "--base_width", 32, "--multipliers", 1, 2,
         "--num_res_blocks", 1, "--z_channels", 32, "--vocab_size", 64, "--epochs", 3, "--batch_size", 6,
@@ -114,7 +115,7 @@ def test_tokenizer_training_that_was_stopped_goes_on_to_the_same_weights_bit_for
     ]  # fmt: skip
     plain, calls = engine.train_tokenizer.losses, []
     config = engine.train_tokenizer.TokenizerTrainConfig
-    monkeypatch.setattr("main_tokenizer.TokenizerTrainConfig", lambda **kw: config(**kw, revive_every=2))
+    monkeypatch.setattr("main_tokenizer.TokenizerTrainConfig", lambda **kw: config(**kw, revive_every=3))
     finished(call("tokenizer", *flags, "--output_dir", tmp_path / "straight"))
 
     def stopping_losses(*tensors):

@@ -14,7 +14,7 @@ import numpy as np
 import programs
 import pytest
 import torch
-from programs import call, finished, one_thread, train_flags
+from programs import call, finished, train_flags
 
 import engine.train
 from engine.batches import own_part
@@ -145,6 +145,7 @@ def test_weight_decay_acts_on_matrices_and_never_on_vectors():
     config = dataclasses.replace(CONFIG, lr=1e-2, weight_decay=0.5)
     state = new_state(config, ALONE.device)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    assert sum(len(group["params"]) for group in state.optimizer.param_groups) == len(before)
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()  # with no gradient, decay is all that moves a weight
@@ -266,7 +267,7 @@ def test_killed_run_goes_on_by_the_same_command_to_the_same_weights_bit_for_bit(
     assert load_checkpoint(tmp_path / "run/checkpoint-last.pth")["step"] == 5
     assert not (tmp_path / "run/lpd.safetensors").exists()
     finished(programs.start("lpd", *train_flags(tmp_path / "run", **flags)))
-    one_thread(lambda: finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags))))
+    finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags)))
     assert same(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
 
 
