@@ -269,12 +269,11 @@ def train_config(args, shape, info, num_images, world):
 
 def judge_of(args, device, img_size):
     """What images of this size are measured with, loaded and checked."""
-    judge = Judge(
-        make_extractor(args.features, device, args.inception),
-        load_statistics(args.fid_stats) if args.fid_stats else None,
-        file_digest(args.fid_stats) if args.fid_stats else "",
-        kid=args.kid, prc=args.prc,
-    )  # fmt: skip
+    reference, digest = None, ""
+    if args.fid_stats:
+        reference, digest = load_statistics(args.fid_stats), file_digest(args.fid_stats)
+    extractor = make_extractor(args.features, device, args.inception)
+    judge = Judge(extractor, reference, digest, kid=args.kid, prc=args.prc)
     judge.check_size(img_size)
     return judge
 

@@ -27,6 +27,7 @@ def check_same(place, saved, protocol, flag="--output_dir"):
     Raises:
         ValueError: naming the first setting that changed.
     """
+    saved = saved if isinstance(saved, dict) else {}
     for key, value in json.loads(json.dumps(protocol)).items():
         if saved.get(key) != value:
             raise ValueError(

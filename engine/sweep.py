@@ -25,7 +25,7 @@ def is_frechet(metric):
 
 
 def summarise(results):
-    """One dict per setting: the settings, number of seeds, each metric's mean and spread over the seeds, seconds.
+    """One dict per setting: the settings, number of seeds, each metric's mean and spread over them, seconds.
 
     The spread is the standard deviation (of n - 1), None for one seed. The seconds are of generating and
     decoding an image.

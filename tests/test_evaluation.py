@@ -177,7 +177,8 @@ def test_result_holds_every_setting_that_decides_the_numbers(pixels, digests, tm
     result = json.loads((tmp_path / "out/file_steps4_cfg2_seed5_n6.json").read_text())
     expected = {
         "cfg": 2.0, "cfg_schedule": "linear", "seed": 5, "top_k": 9, "top_p": 1.0, "temperature": 1.0,
-        "steps": 4, "num_images": 6, "num_classes": 3, "img_size": SIZE, "precision": "float32", "batch_size": 4,
+        "steps": 4, "num_images": 6, "num_classes": 3, "img_size": SIZE, "precision": "float32",
+        "batch_size": 4,
         "features": "pixels", "features_digest": "0123", "reference_n": 9, "device": "cpu",
         "weights_digest": digests[0], "tokenizer_digest": digests[1],
         "torch": torch.__version__, "torch_fidelity": torch_fidelity.__version__,
