@@ -245,7 +245,8 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("measured", {"kid": True}, ["--kid", "--fid_stats", "--save_features"]),
     ("measured", {"save_images": "{run}"}, ["--save_images", "{run}", "not empty"]),
     ("measured", {"save_npz": "{no_sigma}"}, ["--save_npz", "{no_sigma}", "exists"]),
-    ("measured", {"output_dir": "{other_result}"}, ["{other_result}", "grid_size None, now it is 4", "--output_dir"]),
+    ("measured", {"output_dir": "{other_result}"},
+     ["{other_result}", "grid_size None, now it is 4", "--output_dir"]),
     ("measured", {"output_dir": "{cut_result}"}, ["{cut_result}", "no readable JSON"]),
     # Reference statistics.
     ("stats", {"output_file": NONE}, ["--output_file is needed"]),
