@@ -44,7 +44,7 @@ def test_link_of_the_readme_leads_to_a_file(path):
 
 
 def file_map():
-    """Paths of the README's file table, with a{b,c} spelled out and bare names put into their row's folder."""
+    """Paths of the README's file table, a{b,c} spelled out and bare names put into their row's folder."""
     for cell in re.findall(r"^\| (`.*?) \|", README.split("## Files")[1], re.M):
         folder = ""
         for name in re.findall(r"`([^`]+)`", cell):
@@ -62,4 +62,3 @@ def test_file_of_the_map_exists(path):
 
 def test_every_program_at_the_root_is_in_the_map():
     assert {p.name for p in ROOT.glob("main_*.py")} <= set(file_map())
-
