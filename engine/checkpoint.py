@@ -54,6 +54,20 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def check_same_config(path, saved, now):
+    """Refuse to resume with other settings than a checkpoint's; both are dicts of plain values.
+
+    Raises:
+        ValueError: naming the first setting that changed.
+    """
+    for key, value in now.items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"{path} was trained with {key} {str(saved.get(key))[:80]}, now it is {str(value)[:80]}: "
+                "resume with the same settings or give another --output_dir"
+            )
+
+
 def save_weights(path, model, **info):
     """Write a model's weights as `.safetensors`, with its config and any JSON-able `info` in the header."""
     info["config"] = dataclasses.asdict(model.config)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from engine.checkpoint import check_same_config, load_checkpoint, save_checkpoint, save_weights
 from models.lpd import LPD, LPDConfig, lpd_loss
 from util import dist
 from util.images import image_loader, readable_pixels, to_unit
@@ -93,14 +93,7 @@ class TrainState:
             raise ValueError(
                 f"{path}: weights without training state; start from them with --pretrained_ckpt"
             )
-        saved, now = checkpoint["train_config"], asdict(config)
-        changed = [k for k in now if saved.get(k) != now[k]]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{path} was trained with {key} {str(saved.get(key))[:80]}, now it is {str(now[key])[:80]}: "
-                "resume with the same settings or give another --output_dir"
-            )
+        check_same_config(path, checkpoint["train_config"], asdict(config))
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step = checkpoint["step"]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import check_same_config, load_checkpoint, save_checkpoint
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
@@ -66,14 +66,7 @@ class TokenizerState:
         checkpoint = load_checkpoint(path)
         if "code_use" not in checkpoint:
             raise ValueError(f"{path}: no checkpoint of tokenizer training: give another --output_dir")
-        saved = checkpoint["train_config"]
-        changed = [k for k, v in asdict(config).items() if saved.get(k) != v]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{path} was trained with {name} {saved.get(name)}, now it is {asdict(config)[name]}: "
-                "resume with the same flags or give another --output_dir"
-            )
+        check_same_config(path, checkpoint["train_config"], asdict(config))
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if world.is_main:  # the sum over all processes is summed again at the next revival

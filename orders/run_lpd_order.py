@@ -1,15 +1,18 @@
 """Write a file of generation orders: `python orders/run_lpd_order.py --output_file orders.npy`.
 
-Knows the flags, the threads and the progress; the orders themselves are `lpd_order.py`'s, the formats
-`order_file.py`'s. The threads share the work by image ids, so their number does not change the orders.
+Knows the flags, the processes and the progress; the orders themselves are `lpd_order.py`'s, the formats
+`order_file.py`'s. The processes share the work by image ids, so their number does not change the orders.
 """
 
 import argparse
+import functools
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 if not __package__:  # run as a program: imports start from the repository's root, not from this folder
@@ -22,7 +25,7 @@ from orders.lpd_order import LARGEST_GRID, ORDER_KINDS, make_orders  # noqa: E40
 from orders.order_file import check_suffix, save_orders  # noqa: E402
 from orders.schedule import check_group_sizes, cosine_group_sizes  # noqa: E402
 
-CELLS_PER_BATCH = 1 << 18  # what a thread does at a time, about a quarter of a second
+CELLS_PER_BATCH = 1 << 18  # what a process does at a time, about a quarter of a second
 LEAST = {
     "img_size": 1,
     "vqgan_stride": 1,
@@ -60,7 +63,7 @@ def flags() -> argparse.ArgumentParser:
     add("--repulsion_threshold", type=float, default=1.0, help="near cells of a group are farther apart")
     add("--num_runs", type=int, default=60000, help="number of orders")
     add("--seed", type=int, default=0, help="order i depends on the seed and i alone")
-    add("--max_workers", type=int, default=os.cpu_count(), help="threads")
+    add("--max_workers", type=int, default=os.cpu_count(), help="processes")
     add("--output_file", type=Path, nargs="+", required=True, help="one or more .npy or .json files")
     add("--overwrite", action="store_true", help="replace existing files")
     return parser
@@ -122,15 +125,32 @@ def check_outputs(paths: list[Path], *, overwrite: bool) -> None:
 
 
 def generate_orders(num_orders: int, workers: int, settings: dict) -> Iterator[np.ndarray]:
-    """Yield the orders of image ids 0 to `num_orders` - 1 in batches uint16 [b, L], made by threads.
+    """Yield the orders of image ids 0 to `num_orders` - 1 in batches uint16 [b, L], made by processes.
 
-    `settings` are the arguments of `make_orders` but for `n` and `image_ids`. Threads suffice, since NumPy
-    works outside the interpreter's lock. Closing the generator drops what has not begun.
+    `settings` are the arguments of `make_orders` but for `n` and `image_ids`. Not threads: NumPy's calls are
+    so short here that two threads, handing the interpreter's lock to and fro, take longer than one. Closing
+    the generator drops what has not begun.
     """
     step = max(1, CELLS_PER_BATCH // settings["grid_size"] ** 2)
     batches = [np.arange(first, min(first + step, num_orders)) for first in range(0, num_orders, step)]
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda ids: make_orders(n=len(ids), image_ids=ids, **settings), batches)
+    make = functools.partial(_orders_of, settings)
+    if min(workers, len(batches)) == 1:
+        yield from map(make, batches)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
+        yield from pool.map(make, batches)
+
+
+def _orders_of(settings: dict, image_ids: np.ndarray) -> np.ndarray:
+    return make_orders(n=len(image_ids), image_ids=image_ids, **settings)
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it ends, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -149,6 +149,20 @@ def test_weights_of_another_size_than_named_are_refused_with_both_numbers(tmp_pa
         load_lpd(tmp_path / "a.pth", "lpd_l")
 
 
+def test_a_file_of_another_size_than_named_is_refused_though_it_says_its_own(weights):
+    with pytest.raises(ValueError, match="weights.*width .*--model lpd_l has 1024 and 24"):
+        load_lpd(weights, "lpd_l")
+
+
+def test_a_config_with_unknown_fields_is_refused_in_one_line_that_names_the_file(tmp_path, tiny_lpd):
+    state = {name: tensor.clone() for name, tensor in tiny_lpd.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    save_checkpoint(path, {"model": state, "info": {"config": {"heads": 3}}})
+    with pytest.raises(ValueError, match="weights.pth: its config is none of LPDConfig .*heads") as error:
+        load_lpd(path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_without_a_config_must_be_vq16(tmp_path, tiny_vq):
     torch.save({"model": tiny_vq.state_dict()}, tmp_path / "small.pt")
     with pytest.raises(ValueError, match="small.pt: [0-9]+ weights missing"):

@@ -63,4 +63,3 @@ def test_file_of_the_map_exists(path):
 
 def test_every_program_at_the_root_is_in_the_map():
     assert {p.name for p in ROOT.glob("main_*.py")} <= set(file_map())
-
