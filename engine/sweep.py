@@ -108,5 +108,5 @@ def plot_sweep(path, rows):
     named = {name: tuple(zip(*points, strict=True)) for name, points in curves.items()}
     label = COLUMNS.get(metric, metric.replace("_", " "))
     save_curves(
-        path, named, xlabel="guidance scale" if axis == "cfg" else "steps", ylabel=f"{label}, {least} images"
+        path, named, xlabel="guidance scale" if axis == "cfg" else "steps", ylabel=f"{label},\n{least} images"
     )

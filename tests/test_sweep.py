@@ -84,7 +84,7 @@ def test_plot_over_steps_has_a_curve_of_each_order(monkeypatch):
     ]
     curves, labels = plotted(monkeypatch, results)
     assert curves == {"lpd, cfg 3": ((4, 16), (5, 5), (0, 0)), "raster, cfg 3": ((4, 16), (9, 9), (0, 0))}
-    assert labels == {"xlabel": "steps", "ylabel": "FID, 100 images"}
+    assert labels == {"xlabel": "steps", "ylabel": "FID,\n100 images"}
 
 
 def test_plot_over_guidance_leaves_the_final_evaluation_out(monkeypatch):
