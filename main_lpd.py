@@ -6,23 +6,29 @@
 The recipes are in scripts/train and scripts/eval. To resume, run the same command again.
 """
 
+import argparse
 import dataclasses
 import importlib.util
-import json
+import itertools
 from pathlib import Path
 
+import numpy
 import torch
+import torch_fidelity
 
 from engine.checkpoint import load_lpd, load_tokenizer, start_from, state_digest
-from engine.evaluate import evaluate
+from engine.evaluate import Evaluation, EvaluationFailed, Judge, Keep
+from engine.features import EXTRACTORS, make_extractor
 from engine.generate import generate_images
-from engine.metrics import InceptionFeatures, find_inception, load_statistics
+from engine.metrics import load_statistics
 from engine.settings import resolve_settings
+from engine.sweep import best_setting, plot_sweep, setting_key, summarise, table, write_csv
 from engine.train import CachedTokens, EncodedImages, LossNotFinite, TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS
+from orders.lpd_order import ORDER_KINDS
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, dist, pictures
-from util.files import write_json
+from util.files import file_digest, value_digest, write_json
 from util.images import list_images, split_folder
 from util.logging import MetricsLog, read_metrics, tensorboard_listener, wandb_listener
 from util.token_cache import open_token_cache
@@ -46,19 +52,41 @@ def parse_args(argv=None):
     cli.add_device_flags(parser)
     add_training_flags(parser)
     cli.add_generation_flags(parser)
+    add_evaluation_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_evaluation_flags(parser):
     e = parser.add_argument_group("evaluation")
     e.add_argument("--evaluate", action="store_true", help="evaluate instead of training")
+    e.add_argument("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
+    e.add_argument("--num_images", type=cli.number(int, 2), default=50000)
+    e.add_argument("--seeds", type=cli.number(int, 0, 2**31 - 1), nargs="+", help="default: --seed alone")
+    e.add_argument("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
+    e.add_argument("--features", choices=EXTRACTORS, default="inception", help="only inception gives FID")
+    e.add_argument(
+        "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
+    )
+    e.add_argument("--kid", action="store_true", help="kernel distance; needs the reference's features")
+    e.add_argument("--prc", action="store_true", help="precision and recall; likewise")
+    e.add_argument("--save_images", metavar="DIR", help="keep the images as PNGs")
+    e.add_argument("--save_npz", metavar="FILE", help="keep the images as ADM does: arr_0 and labels")
+    e.add_argument("--sweep_cfg", type=cli.number(float, 0), nargs="+", help="evaluate each guidance scale")
+    e.add_argument("--sweep_steps", type=cli.number(int, 1), nargs="+", help="evaluate each number of steps")
+    e.add_argument("--sweep_order", choices=ORDER_KINDS, nargs="+", help="evaluate each kind of order")
+    e.add_argument(
+        "--final_images", type=cli.number(int, 2), help="the best of a sweep again, on so many images"
+    )
     e.add_argument(
         "--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs"
     )
     e.add_argument("--eval_freq", type=cli.number(float, 0), default=40)
-    e.add_argument("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
-    e.add_argument("--num_images", type=cli.number(int, 2), default=50000)
-    e.add_argument("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
     e.add_argument(
-        "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
+        "--online_num_images", type=cli.number(int, 2), help="of --online_eval; default: --num_images"
     )
-    return parser.parse_args(argv)
+    e.add_argument(
+        "--online_steps", type=cli.number(int, 1), help="of --online_eval; default: --generation_steps"
+    )
 
 
 def add_training_flags(parser):
@@ -118,7 +146,7 @@ def check_flags(args):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise cli.UsageError(f"--{flag} needs the package {package}: pip install {package}")
     if args.evaluate:
-        cli.required(args, "pretrained_ckpt", "vqgan_path")
+        check_evaluation_flags(args)
         return
     cli.required(args, "model", "output_dir")
     if args.use_cached == bool(args.data_path):
@@ -129,6 +157,8 @@ def check_flags(args):
     else:
         cli.required(args, "vqgan_path")
         cli.existing_folder("--data_path", args.data_path)
+    if args.final_images or args.save_images or args.save_npz or args.seeds:
+        raise cli.UsageError("--seeds, --final_images, --save_images and --save_npz need --evaluate")
     if (args.sample_freq or args.online_eval) and not args.vqgan_path:
         raise cli.UsageError("--sample_freq and --online_eval need --vqgan_path to make images")
     if args.lr_schedule != "constant" and args.warmup_epochs > args.epochs:
@@ -137,6 +167,37 @@ def check_flags(args):
         raise cli.UsageError(
             f"--lr_decay_start_epoch {args.lr_decay_start_epoch} is more than --epochs {args.epochs}"
         )
+
+
+SWEEPS = {"sweep_order": "order", "sweep_steps": "generation_steps", "sweep_cfg": "cfg", "seeds": "seed"}
+
+
+def check_evaluation_flags(args):
+    cli.required(args, "pretrained_ckpt", "vqgan_path", "output_dir")
+    for flag in SWEEPS:
+        values = getattr(args, flag) or []
+        if len(set(values)) < len(values):
+            raise cli.UsageError(f"--{flag} names one twice: {' '.join(map(str, values))}")
+    if args.lpd_order_file and (args.sweep_order or args.sweep_steps):
+        raise cli.UsageError("--lpd_order_file is of one order and schedule: no --sweep_order, --sweep_steps")
+    several = any(len(getattr(args, flag) or []) > 1 for flag in SWEEPS)
+    if (args.save_images or args.save_npz) and (several or args.final_images):
+        raise cli.UsageError("--save_images and --save_npz are for one evaluation, not several")
+    if args.save_images:
+        cli.writable_folder("--save_images", args.save_images)
+    if args.save_npz:
+        if Path(args.save_npz).suffix != ".npz":
+            raise cli.UsageError(f"--save_npz {args.save_npz} must end in .npz")
+        cli.writable_folder("--save_npz", Path(args.save_npz).parent)
+    if args.final_images is not None:
+        if not several or not args.fid_stats:
+            raise cli.UsageError(
+                "--final_images needs --fid_stats and several settings: else there is no best"
+            )
+        if args.final_images <= args.num_images:
+            raise cli.UsageError(
+                f"--final_images {args.final_images} is not more than --num_images {args.num_images}"
+            )
 
 
 def check_tokenizer_made(args, tokenizer, meta):
@@ -206,19 +267,27 @@ def train_config(args, shape, info, num_images, world):
     )  # fmt: skip
 
 
-def evaluation(args, tokenizer, grid_size, world):
-    """A function of a model that evaluates it as the flags say; everything it needs is loaded now."""
-    settings = generation_settings(args, grid_size, args.num_images)
-    reference = load_statistics(args.fid_stats) if args.fid_stats else None
-    extractor = InceptionFeatures(find_inception(args.inception), world.device)
+def judge_of(args, device, img_size):
+    """What images of this size are measured with, loaded and checked."""
+    reference, digest = None, ""
+    if args.fid_stats:
+        reference, digest = load_statistics(args.fid_stats), file_digest(args.fid_stats)
+    extractor = make_extractor(args.features, device, args.inception)
+    judge = Judge(extractor, reference, digest, kid=args.kid, prc=args.prc)
+    judge.check_size(img_size)
+    return judge
 
-    def run(model):
-        metrics = evaluate(
-            model, tokenizer, settings, args.num_images, args.eval_bsz, extractor, reference, world
-        )
-        return metrics and {**metrics, "settings": settings.as_json()}
 
-    return run
+def evaluation_facts(args, model, weights_digest, tokenizer, device):
+    """What decides an evaluation's numbers beside its settings."""
+    return {
+        "weights_digest": weights_digest, "tokenizer_digest": state_digest(tokenizer),
+        "num_classes": model.config.num_classes,
+        "img_size": model.config.grid_size * tokenizer.config.stride,
+        "order_file_digest": file_digest(args.lpd_order_file) if args.lpd_order_file else "",
+        "precision": str(model.pos_embed.dtype).removeprefix("torch."), "device": dist.device_name(device),
+        "torch": torch.__version__, "torch_fidelity": torch_fidelity.__version__, "numpy": numpy.__version__,
+    }  # fmt: skip
 
 
 def sampler(args, tokenizer, config, info, world):
@@ -266,13 +335,24 @@ def prepare_training(args, world):
 
 
 def online_evaluation(args, tokenizer, config, world):
-    """A training hook that evaluates and logs the metrics."""
-    run = evaluation(args, tokenizer, config.model.grid_size, world)
+    """A training hook that evaluates and logs the metrics.
+
+    Each has a folder named by the step and all that decides its numbers: nothing old is mixed in or refused.
+    """
+    num_images = args.online_num_images or args.num_images
+    given = argparse.Namespace(**vars(args))
+    given.generation_steps = args.online_steps or args.generation_steps
+    settings = generation_settings(given, config.model.grid_size, num_images)
+    judge = judge_of(args, world.device, config.model.grid_size * tokenizer.config.stride)
 
     def write(state, log):
-        metrics = run(state.model)
-        if metrics:
-            log.write(state.step, **{k: v for k, v in metrics.items() if isinstance(v, float)})
+        facts = evaluation_facts(args, state.model, state_digest(state.model), tokenizer, world.device)
+        digest = value_digest([settings.as_json(), judge.as_json(), facts])
+        folder = Path(args.output_dir) / "online_evaluation" / f"step-{state.step:07d}-{digest}"
+        evaluation = Evaluation(settings, judge, num_images, args.eval_bsz, folder, facts)
+        result = evaluation.run(state.model, tokenizer, world)
+        if result:
+            log.write(state.step, **result["metrics"])
 
     return write
 
@@ -305,20 +385,62 @@ def make_log(args, config, step):
     return MetricsLog(output_dir, resume_step=step, listeners=listeners)
 
 
+def sweep(args, grid_size):
+    """The settings to evaluate: every combination of the lists given, once for each seed."""
+    lists = {name: getattr(args, flag) or [getattr(args, name)] for flag, name in SWEEPS.items()}
+    num_images = max(args.num_images, args.final_images or 0)
+    for values in itertools.product(*lists.values()):
+        given = argparse.Namespace(**{**vars(args), **dict(zip(lists, values, strict=True))})
+        yield generation_settings(given, grid_size, num_images)
+
+
+def prepare_evaluations(args, world):
+    """Model, tokenizer and a function from a number of images to the evaluations, all loaded and checked."""
+    tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
+    cli.check_tokenizer_flags(args, tokenizer.config)
+    model, info = load_lpd(args.pretrained_ckpt, args.model)
+    cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
+    variants = list(sweep(args, model.config.grid_size))
+    judge = judge_of(args, world.device, model.config.grid_size * tokenizer.config.stride)
+    digest = state_digest(model)  # of the weights as they are in the file
+    model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
+    facts = evaluation_facts(args, model, digest, tokenizer, world.device)
+    keep = Keep(*(Path(place) if place else None for place in (args.save_images, args.save_npz)))
+
+    def evaluations(num_images):
+        return [
+            Evaluation(settings, judge, num_images, args.eval_bsz, Path(args.output_dir), facts, keep)
+            for settings in variants
+        ]
+
+    return model, tokenizer, evaluations
+
+
 def run_evaluation(args, world):
     with cli.checking():
-        tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
-        cli.check_tokenizer_flags(args, tokenizer.config)
-        model, info = load_lpd(args.pretrained_ckpt, args.model)
-        cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
-        run = evaluation(args, tokenizer, model.config.grid_size, world)
-        model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
-    result = run(model)
-    if result:
-        result |= {"weights": state_digest(model), "tokenizer": state_digest(tokenizer), "bf16": args.bf16}
-        print(json.dumps(result))
-        if args.output_dir:
-            write_json(Path(args.output_dir) / "evaluation.json", result)
+        model, tokenizer, evaluations = prepare_evaluations(args, world)
+        first = evaluations(args.num_images)
+        final = evaluations(args.final_images) if args.final_images else []
+    results = [evaluation.run(model, tokenizer, world) for evaluation in first]
+    if final:
+        best = dist.gather_objects(best_setting(results) if world.is_main else None)[0]
+        chosen = [evaluation for evaluation in final if setting_key(evaluation.protocol) == best]
+        results += [evaluation.run(model, tokenizer, world) for evaluation in chosen]
+    if world.is_main:
+        report(args, results)
+
+
+def report(args, results):
+    """The table, and for a sweep its CSV and plot."""
+    summary = summarise(results)
+    if len(results) > 1:
+        write_csv(Path(args.output_dir) / "sweep.csv", summary)
+        plot_sweep(Path(args.output_dir) / "sweep.png", summary)
+    print(table(summary))
+    lines = [line for result in results for line in result["warnings"]]
+    lines += [] if args.fid_stats else ["no --fid_stats: no distance from real images"]
+    for line in dict.fromkeys(lines):
+        print(f"warning: {line}")
 
 
 def main(argv=None):
@@ -328,7 +450,7 @@ def main(argv=None):
         world = dist.init(args.device)
     try:
         (run_evaluation if args.evaluate else run_training)(args, world)
-    except LossNotFinite as error:
+    except (LossNotFinite, EvaluationFailed) as error:
         raise cli.Failure(error) from None
     dist.finish()
 

@@ -102,7 +102,7 @@ def load_state(model, state, path):
     """`load_state_dict(strict=True)` whose error is one line naming the file.
 
     Raises:
-        ValueError: keys or shapes differ.
+        ValueError: keys or shapes differ, or a weight is not finite.
     """
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -114,6 +114,8 @@ def load_state(model, state, path):
             raise ValueError(
                 f"{path}: {name} has shape {list(state[name].shape)}, the model {list(tensor.shape)}"
             )
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
     model.load_state_dict(state)
 
 

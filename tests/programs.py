@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.random_inception import save_random_inception
 from engine.checkpoint import save_weights
 from models.vqgan import VQConfig, VQModel
 from util import cli
@@ -209,3 +210,22 @@ def sample_flags(output_dir, **changes):
         "num_per_class": 1, "generation_steps": 4, **changes,
     }  # fmt: skip
     return [word for name, value in flags.items() for word in (f"--{name}", value)] + list(ON_CPU)
+
+
+@lru_cache(maxsize=1)
+def inception():
+    """A file of random Inception weights in the released layout."""
+    return save_random_inception(workspace() / "inception.pth")
+
+
+def evaluate_flags(output_dir, **changes):
+    """The command line of main_lpd for an evaluation of the shared run: 6 images in 4 steps."""
+    flags = {
+        "pretrained_ckpt": trained() / "lpd.safetensors", "vqgan_path": tokenizer(), "output_dir": output_dir,
+        "num_images": 6, "eval_bsz": 4, "generation_steps": 4, **changes,
+    }  # fmt: skip
+    words = ["--evaluate"]
+    for name, value in flags.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *values] if value is not None else []
+    return words + list(ON_CPU)

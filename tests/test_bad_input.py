@@ -16,7 +16,8 @@ import pytest
 import torch
 from programs import SIZE, TOKENS, call, finished
 
-from engine.checkpoint import save_checkpoint, save_weights
+from engine.checkpoint import load_lpd, save_checkpoint, save_weights
+from engine.metrics import save_statistics
 from models.lpd import LPD, LPDConfig
 
 NONE = object()  # takes a flag out of a command
@@ -41,7 +42,7 @@ def places(tmp_path_factory):
         "root": root, "absent": root / "absent", "empty": root / "empty", "file": root / "file.txt",
         "run": run, "lpd": run / "lpd.safetensors", "tokenizer": programs.tokenizer(),
         "other_tokenizer": programs.tokenizer(seed=1), "tokenizer_32": programs.tokenizer(vocab_size=32),
-        "cache": programs.token_cache(), "images": programs.images(),
+        "cache": programs.token_cache(), "images": programs.images(), "inception": programs.inception(),
     }  # fmt: skip
     made["empty"].mkdir()
     made["file"].write_text("no folder, no weights\n")
@@ -65,13 +66,30 @@ def places(tmp_path_factory):
     new("unnamed.pth", lambda p: save_checkpoint(p, {"model": small.state_dict()}))
     new("weights_run", lambda p: save_checkpoint(p / "checkpoint-last.pth", {"model": small.state_dict()}))
     orders = np.stack([np.random.default_rng(i).permutation(TOKENS) for i in range(6)]).astype(np.uint16)
+    new("six_orders.npy", lambda p: np.save(p, orders))
     new("two_orders.npy", lambda p: np.save(p, orders[:2]))
     new("orders_of_9.npy", lambda p: np.save(p, orders[:, :9]))
     new("repeating_orders.npy", lambda p: np.save(p, np.where(orders == 3, 4, orders)))
     mu, sigma = np.zeros(2048), np.zeros((2048, 2048), np.float32)
     new("no_sigma.npz", lambda p: np.savez(p, mu=mu))
+    sound = {"mu": mu, "sigma": sigma, "n": 9}
+    new("of_32_px.npz", lambda p: save_statistics(p, sound, extractor="inception", img_size=32))
+    new("of_other_inception.npz", lambda p: save_statistics(p, sound, extractor_digest="0123"))
+    new("of_lite0.npz", lambda p: save_statistics(p, sound, extractor="efficientnet_lite0"))
     new("of_64.npz", lambda p: np.savez(p, mu=mu[:64], sigma=sigma[:64, :64]))
     new("lopsided.npz", lambda p: np.savez(p, mu=mu, sigma=sigma[:64, :64]))
+    images = np.zeros((4, SIZE, SIZE, 3), np.uint8)
+    new("batch.npz", lambda p: np.savez(p, arr_0=images))
+    new("float_batch.npz", lambda p: np.savez(p, arr_0=images / 255))
+    new("grey_batch.npz", lambda p: np.savez(p, arr_0=images[..., :1]))
+    new("one_image.npz", lambda p: np.savez(p, arr_0=images[:1]))
+    new("cut_batch.npz", lambda p: p.write_bytes(made["batch"].read_bytes()[:999]))
+    for name, result in (("other_result", '{"seed": 1}'), ("cut_result", '{"seed": ')):
+        new(name, lambda p: p.mkdir())
+        (made[name] / "lpd_steps4_cfg1_seed0_n6.json").write_text(result)
+    model, info = load_lpd(made["lpd"])
+    model.head.weight.data[0, 0] = torch.nan
+    new("nan_weights.safetensors", lambda p: save_weights(p, model, **info))
     new("two_names.txt", lambda p: p.write_text("cat\ndog\n"))
     return made
 
@@ -89,6 +107,11 @@ COMMANDS = {
         "evaluate": True, "pretrained_ckpt": "{lpd}", "vqgan_path": "{tokenizer}", "output_dir": "{out}",
         "num_images": 6,
     }),
+    "measured": ("lpd", {
+        "evaluate": True, "pretrained_ckpt": "{lpd}", "vqgan_path": "{tokenizer}", "output_dir": "{out}",
+        "num_images": 6, "generation_steps": 4, "inception": "{inception}",
+    }),
+    "stats": ("stats", {"reference_batch": "{batch}", "output_file": "{out}/s.npz"}),
     "cache": ("cache", {
         "img_size": SIZE, "vqgan_path": "{tokenizer}", "data_path": "{images}", "cached_path": "{out}",
     }),
@@ -192,11 +215,56 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("evaluate", {"fid_stats": "{no_sigma}"}, ["{no_sigma}", "sigma"]),
     ("evaluate", {"fid_stats": "{file}"}, ["{file}", "no statistics"]),
     ("evaluate", {"fid_stats": "{lopsided}"}, ["{lopsided}", "[2048]", "[64, 64]"]),
-    ("evaluate", {"fid_stats": "{of_64}"}, ["{of_64}", "[64]", "2048"]),
     ("evaluate", {"inception": "{absent}"}, ["{absent}", "--inception", "LPD_INCEPTION"]),
     ("evaluate", {"inception": "{tokenizer}"}, ["{tokenizer}"]),
     ("evaluate", {"inception": "{unnamed}"}, ["{unnamed}", "Inception"]),
     ("evaluate", {"inception": "{hostile}"}, ["{hostile}", "refused"]),
+    ("evaluate", {"pretrained_ckpt": "{nan_weights}"}, ["{nan_weights}", "head.weight is not finite"]),
+    ("evaluate", {"output_dir": NONE}, ["--output_dir is needed"]),
+    ("evaluate", {"features": "vgg"}, ["--features", "'vgg'"]),
+    ("evaluate", {"seeds": [0, 1, 0]}, ["--seeds names one twice: 0 1 0"]),
+    ("evaluate", {"sweep_cfg": [2, 2.0]}, ["--sweep_cfg names one twice"]),
+    ("evaluate", {"sweep_steps": [4, 40]}, ["40 steps for 16 tokens"]),
+    ("evaluate", {"sweep_order": ["spiral"]}, ["--sweep_order", "'spiral'"]),
+    ("evaluate", {"sweep_steps": [2, 4], "lpd_order_file": "{two_orders}"},
+     ["--lpd_order_file", "--sweep_steps"]),
+    ("evaluate", {"sweep_steps": [2, 4], "final_images": 9}, ["--final_images needs --fid_stats"]),
+    ("evaluate", {"final_images": 9, "fid_stats": "{of_64}"}, ["--final_images needs", "several settings"]),
+    ("evaluate", {"sweep_cfg": [1, 2], "final_images": 6, "fid_stats": "{of_64}"},
+     ["--final_images 6", "--num_images 6"]),
+    ("evaluate", {"sweep_cfg": [1, 2], "final_images": 9, "fid_stats": "{of_64}",
+                  "lpd_order_file": "{six_orders}"}, ["{six_orders}", "6 orders", "9"]),
+    ("evaluate", {"seeds": [0, 1], "save_images": "{empty}"}, ["--save_images", "one evaluation"]),
+    ("evaluate", {"save_images": "{file}/x"}, ["--save_images", "{file}", "not a folder"]),
+    ("evaluate", {"save_npz": "{out}/images.txt"}, ["--save_npz", "images.txt", ".npz"]),
+    ("train", {"save_npz": "{out}/images.npz"}, ["--save_npz", "--evaluate"]),
+    ("measured", {"fid_stats": "{of_64}"}, ["--fid_stats", "[64]", "2048"]),
+    ("measured", {"fid_stats": "{of_32_px}"}, ["--fid_stats", "32 px", "16 px"]),
+    ("measured", {"fid_stats": "{of_lite0}"}, ["--fid_stats", "efficientnet_lite0", "inception"]),
+    ("measured", {"fid_stats": "{of_other_inception}"}, ["--fid_stats", "inception weights 0123"]),
+    ("measured", {"kid": True}, ["--kid", "--fid_stats", "--save_features"]),
+    ("measured", {"save_images": "{run}"}, ["--save_images", "{run}", "not empty"]),
+    ("measured", {"save_npz": "{no_sigma}"}, ["--save_npz", "{no_sigma}", "exists"]),
+    ("measured", {"output_dir": "{other_result}"},
+     ["{other_result}", "grid_size None, now it is 4", "--output_dir"]),
+    ("measured", {"output_dir": "{cut_result}"}, ["{cut_result}", "no readable JSON"]),
+    # Reference statistics.
+    ("stats", {"output_file": NONE}, ["--output_file is needed"]),
+    ("stats", {"output_file": "{out}/s.pth"}, ["--output_file", ".npz"]),
+    ("stats", {"output_file": "{no_sigma}"}, ["--output_file", "{no_sigma}", "--overwrite"]),
+    ("stats", {"output_file": "{file}/s.npz"}, ["--output_file", "{file}", "not a folder"]),
+    ("stats", {"reference_batch": NONE}, ["--data_path", "--reference_batch"]),
+    ("stats", {"data_path": "{images}"}, ["--data_path", "--reference_batch"]),
+    ("stats", {"reference_batch": NONE, "data_path": "{absent}"}, ["--data_path", "{absent}"]),
+    ("stats", {"reference_batch": NONE, "data_path": "{empty}"}, ["{empty}", "no class sub-folders"]),
+    ("stats", {"reference_batch": "{absent}"}, ["--reference_batch", "{absent}"]),
+    ("stats", {"reference_batch": "{cut_batch}"}, ["{cut_batch}", "arr_0"]),
+    ("stats", {"reference_batch": "{no_sigma}"}, ["{no_sigma}", "no array arr_0"]),
+    ("stats", {"reference_batch": "{float_batch}"}, ["--reference_batch", "float64", "uint8"]),
+    ("stats", {"reference_batch": "{grey_batch}"}, ["--reference_batch", "[4, 16, 16, 1]"]),
+    ("stats", {"reference_batch": "{one_image}"}, ["1 images", "at least 2"]),
+    ("stats", {"img_size": 256}, ["--img_size is 256", "{batch}", "16 px"]),
+    ("stats", {"inception": "{absent}"}, ["{absent}", "--inception"]),
     # Caching.
     ("cache", {"vqgan_path": NONE}, ["--vqgan_path is needed"]),
     ("cache", {"cached_path": NONE}, ["--cached_path is needed"]),

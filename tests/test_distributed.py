@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same token cache and training, each image once and the same."""
+"""Several processes do what one does: the same token cache, the same training."""
 
 import os
 
@@ -7,11 +7,8 @@ import pytest
 import torch
 from programs import TRAIN, cache_flags, call, contents, finished, torchrun, train_flags
 
-from engine.checkpoint import load_checkpoint, load_lpd, load_tokenizer
-from engine.evaluate import balanced_label, generated_images
-from engine.settings import resolve_settings
+from engine.checkpoint import load_checkpoint
 from util import cli
-from util.dist import World
 from util.images import UnreadableImage
 from util.logging import read_metrics
 
@@ -47,46 +44,6 @@ def test_two_processes_of_two_images_train_as_one_of_four(tmp_path):
     one, two = (trainable(tmp_path / run / "checkpoint-last.pth") for run in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.fixture(scope="module")
-def generation():
-    """Model, tokenizer and settings of the shared run."""
-    model, _ = load_lpd(programs.trained() / "lpd.safetensors")
-    settings = resolve_settings(4, generation_steps=4, cfg=2.0, seed=3)
-    return model, load_tokenizer(programs.tokenizer()), settings
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_every_image_of_an_evaluation_is_made_by_one_process(generation, size):
-    """7 images, also where some processes have none or other numbers of batches than the others."""
-    ids = []
-    for rank in range(size):
-        world = World(rank, size, torch.device("cpu"))
-        for batch, images in generated_images(*generation, 7, 2, world):
-            assert len(batch) == len(images) <= 2
-            ids += batch.tolist()
-    assert sorted(ids) == list(range(7))
-
-
-def test_image_is_the_same_for_one_and_two_processes(generation):
-    """One grey level: the decoder's convolutions may sum in another order in another batch."""
-    images = {}
-    for size in (1, 2):
-        for rank in range(size):
-            world = World(rank, size, torch.device("cpu"))
-            for ids, batch in generated_images(*generation, 7, 3, world):
-                images |= {(size, i): image.int() for i, image in zip(ids.tolist(), batch, strict=True)}
-    for i in range(7):
-        assert (images[1, i] - images[2, i]).abs().max() <= 1
-    assert (images[1, 0] - images[1, 1]).abs().max() > 1  # different images are told apart by this
-
-
-@pytest.mark.parametrize("num_images,counts", [(9, [3, 3, 3]), (10, [4, 3, 3]), (2, [1, 1, 0])])
-def test_classes_of_an_evaluation_are_balanced(num_images, counts):
-    labels = balanced_label(torch.arange(num_images), num_images, 3)
-    assert labels.tolist() == sorted(labels.tolist())
-    assert sorted(torch.bincount(labels, minlength=3).tolist(), reverse=True) == counts
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -14,7 +14,6 @@ MAY_IMPORT = {name: {name} for name in LIBRARIES} | {"engine": set(PACKAGES), "m
 
 # Text with "cuda" in it outside util/dist.py, by file, each with its reason.
 CUDA_TEXTS = {
-    "engine/metrics.py": {"cuda=False"},  # a keyword of torch-fidelity: the network is moved by `.to(device)`
     "util/cli.py": {"auto, cpu, cuda, or mps"},  # the help of --device
 }
 

@@ -1,4 +1,4 @@
-"""Every command in the README exists and parses; every file it lists is there."""
+"""Every command in the README and in docs/ exists and parses; every file the README lists is there."""
 
 import importlib
 import re
@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for page in (README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S)
     for line in block.splitlines()
     if line.strip()
 ]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main_lpd
+
 REPO = Path(__file__).resolve().parents[1]
 SHELL_SCRIPTS = [REPO / "environment_setup.sh", REPO / ".ci/run", *sorted(REPO.glob("[!.]*/**/*.sh"))]
 CLEAN = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
@@ -343,3 +345,52 @@ def test_bad_source_files_are_named_and_nothing_is_written(
 def test_fashion_mnist_script_needs_one_folder():
     result = bash(REPO / "scripts/data/fashion_mnist.sh")
     assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
+# Sweeps
+
+
+def test_guidance_sweep_tries_few_images_and_ends_with_the_published_number(paths):
+    result = bash(REPO / "scripts/sweep_cfg.sh", "--model", "lpd_xl", env={**paths, "CFGS": "1.5 2"})
+    assert (result.returncode, result.stderr) == (0, "")
+    flags = flags_of(result.stdout)
+    expected = {"--num_images": "10000", "--final_images": "50000", "--model": "lpd_xl",
+                "--fid_stats": paths["FID_STATS"], "--lpd_order_file": paths["LPD_ORDER_FILE"]}  # fmt: skip
+    assert expected.items() <= flags.items()
+    assert "--sweep_cfg 1.5 2 --" in result.stdout
+
+
+def test_guidance_sweep_of_one_scale_is_refused(paths):
+    result = bash(REPO / "scripts/sweep_cfg.sh", env={**paths, "CFGS": "3"})
+    assert result.returncode == 2 and result.stderr == "error: CFGS=3: name two guidance scales or more\n"
+
+
+def test_fashion_sweep_compares_orders_by_steps_over_three_seeds(paths):
+    result = bash(REPO / "scripts/sweep_fashion.sh", "--device", "cpu", env=paths)
+    assert (result.returncode, result.stderr) == (0, "")
+    flags = flags_of(result.stdout)
+    reference = str(Path(paths["OUTPUT_DIR"], "fashion_mnist_val.npz"))
+    expected = {"--features": "efficientnet_lite0", "--num_images": "2000", "--fid_stats": reference,
+                "--pretrained_ckpt": paths["PRETRAINED_CKPT"], "--device": "cpu"}  # fmt: skip
+    assert expected.items() <= flags.items()
+    assert "--sweep_order lpd halton random raster --" in result.stdout
+    assert "--sweep_steps 4 6 8 12 16 32 --seeds 0 1 2 --" in result.stdout
+    assert not Path(paths["OUTPUT_DIR"]).exists()
+
+
+def test_fashion_sweep_names_what_is_missing(paths):
+    script = REPO / "scripts/sweep_fashion.sh"
+    result = bash(script, env={k: v for k, v in paths.items() if k != "OUTPUT_DIR"})
+    assert result.returncode == 2 and result.stderr.startswith("error: OUTPUT_DIR is not set")
+    result = bash(script, env={**paths, "PRETRAINED_CKPT": "/no/such/path"})
+    assert result.returncode == 2 and "PRETRAINED_CKPT: /no/such/path does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["sweep_cfg", "sweep_fashion"])
+def test_command_of_a_sweep_is_one_main_lpd_takes(script, paths):
+    """Parsed and checked as far as flags go: what the script puts together is allowed together."""
+    words = shlex.split(bash(REPO / f"scripts/{script}.sh", env=paths).stdout)
+    args = main_lpd.parse_args(words[words.index(str(REPO / "main_lpd.py")) + 1 :])
+    Path(args.fid_stats).parent.mkdir(exist_ok=True)
+    Path(args.fid_stats).touch()
+    main_lpd.check_flags(args)

@@ -5,6 +5,7 @@ works alike for one process without torchrun.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -92,3 +93,35 @@ def synchronize(device):
     """Wait until the device has done its work (for timing)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class _ClockEvent:
+    """As `torch.cuda.Event`, for devices that are waited for."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        synchronize(self.device)
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1000 * (later.time - self.time)
+
+
+def timing_event(device):
+    """An event with `record()` and `elapsed_time(later)` in milliseconds. A CUDA GPU is not waited for:
+    `synchronize` before times are asked for."""
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else _ClockEvent(device)
+
+
+def device_name(device):
+    """The name of a device: a CUDA GPU's model, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device):
+    """Most bytes of the device's own memory taken so far by this process's tensors; 0 where unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -1,8 +1,9 @@
 """Files that are whole or not there.
 
-Knows temporary names and renames. Does not know what is written.
+Knows temporary names, renames, and digests of files. Does not know what is written.
 """
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -35,3 +36,29 @@ def write_json(path, value):
     """Write a value as indented JSON, atomically."""
     with atomic(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """The value of a JSON file.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # bytes that are no text, too
+        raise ValueError(f"{path}: no readable JSON ({error})") from None
+
+
+def value_digest(value):
+    """16 hex digits that name a value of plain types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    """16 hex digits of a file's contents."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

@@ -62,15 +62,15 @@ def save_film(path, frames, *, seconds=0.15, last=2.0):
 
 
 def save_curves(path, curves, *, xlabel, ylabel):
-    """Plot curves, a dict of name -> (xs, ys)."""
+    """Plot curves, a dict of name -> (xs, ys) or (xs, ys, half the length of a bar at each)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    for name, (xs, ys) in curves.items():
-        axes.plot(xs, ys, label=name, linewidth=1)
+    for name, (xs, ys, *bars) in curves.items():
+        axes.errorbar(xs, ys, *bars, label=name, linewidth=1, capsize=2)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
