@@ -5,6 +5,7 @@ Knows the flags, the processes and the progress; the orders themselves are `lpd_
 """
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -138,8 +139,27 @@ def generate_orders(num_orders: int, workers: int, settings: dict) -> Iterator[n
         yield from map(make, batches)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
-        yield from pool.map(make, batches)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    try:
+        with _interrupts_held_back():  # a worker that one leaves half started is waited for for ever
+            results = pool.map(make, batches)
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM that come inside it are a KeyboardInterrupt at its end."""
+    came = []
+    before = {s: signal.signal(s, lambda *which: came.append(which)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _orders_of(settings: dict, image_ids: np.ndarray) -> np.ndarray:
