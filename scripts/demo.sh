@@ -2,8 +2,8 @@
 # Sets up, then generates Fashion-MNIST images with the weights in assets/, in 8 steps and one token at a
 # time, and says where the pictures are. From anywhere, no GPU needed.
 #   bash scripts/demo.sh            under two minutes after set-up
-#   bash scripts/demo.sh --train    makes its own small weights from scratch first (about half an hour on two
-#                                   cores); TOKENIZER_EPOCHS and LPD_EPOCHS make that longer or shorter
+#   bash scripts/demo.sh --train    makes its own small weights from scratch first (half an hour on two cores,
+#                                   by the rates measured); TOKENIZER_EPOCHS and LPD_EPOCHS make that longer or shorter
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
