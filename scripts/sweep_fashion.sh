@@ -23,5 +23,5 @@ if [[ ${DRY_RUN:-0} == 0 && ! -e $reference ]]; then
 fi
 launch --evaluate --pretrained_ckpt "$PRETRAINED_CKPT" --vqgan_path "$VQGAN_PATH" \
     --fid_stats "$reference" --features efficientnet_lite0 --output_dir "$OUTPUT_DIR" \
-    --sweep_order lpd halton random raster --sweep_steps 4 6 8 12 16 32 --seeds 0 1 2 \
-    --num_images 2000 --eval_bsz 100 --cfg 3 "$@"
+    --sweep_order lpd halton random raster --sweep_steps 4 8 16 32 --seeds 0 1 2 \
+    --num_images 2000 --eval_bsz 20 --cfg 3 "$@"
