@@ -92,7 +92,7 @@ class EfficientNetLite0:
     @torch.inference_mode()
     def __call__(self, images):
         """uint8 [B, H, W, 3] -> dict of float32 `features` [B, 1280] and `logits` [B, 1000]."""
-        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # mean = std = 0.5; channels_last as images are
+        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # mean = std = 0.5
         pixels = F.interpolate(pixels, size=(224, 224), mode="bilinear", align_corners=False)
         features = self.network.forward_head(self.network.forward_features(pixels), pre_logits=True)
         return {"features": features, "logits": self.network.classifier(features)}
