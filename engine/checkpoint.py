@@ -8,7 +8,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,13 +19,21 @@ from safetensors.torch import save_file
 
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig, resize_pos_embed
 from models.vqgan import VQConfig, VQModel
+from util import dist
 from util.files import atomic
+
+LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values as `.pth`, atomically."""
+    """Write a dict of tensors and plain values as `.pth`, atomically. The LAST before stays as PREVIOUS."""
+    path = Path(path)
     with atomic(path) as partial:
-        torch.save(checkpoint, partial)
+        with partial.open("wb") as file:  # given a path, its name would be in the bytes
+            torch.save(checkpoint, file)
+        if path.name == LAST and path.exists():
+            with atomic(path.with_name(PREVIOUS)) as previous:
+                os.link(path, previous)
 
 
 def _reason(error):
@@ -43,6 +53,10 @@ def load_checkpoint(path):
     with open(path, "rb"):
         pass
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not compare checksums
+                    raise ValueError(f"the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -52,6 +66,23 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def load_last_checkpoint(path):
+    """`load_checkpoint`; of a LAST that is damaged, the one before it, if that is sound.
+
+    Raises:
+        ValueError, OSError: as `load_checkpoint`.
+    """
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        previous = Path(path).with_name(PREVIOUS)
+        if Path(path).name != LAST or not previous.exists():
+            raise
+        checkpoint = load_checkpoint(previous)
+        dist.tell(f"warning: {error}; going on from {previous}")
+        return checkpoint
 
 
 def check_same_config(path, saved, now):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import check_same_config, load_checkpoint, save_checkpoint, save_weights
+from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint, save_weights
 from models.lpd import LPD, LPDConfig, lpd_loss
 from util import dist
 from util.images import image_loader, readable_pixels, to_unit
@@ -88,7 +88,7 @@ class TrainState:
         Raises:
             ValueError: it was made with other settings; the message names the first.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_last_checkpoint(path)
         if "train_config" not in checkpoint:
             raise ValueError(
                 f"{path}: weights without training state; start from them with --pretrained_ckpt"

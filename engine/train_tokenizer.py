@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import check_same_config, load_checkpoint, save_checkpoint
+from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
@@ -63,7 +63,7 @@ class TokenizerState:
         Raises:
             ValueError: it was made with other settings; the message names the first.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_last_checkpoint(path)
         if "code_use" not in checkpoint:
             raise ValueError(f"{path}: no checkpoint of tokenizer training: give another --output_dir")
         check_same_config(path, checkpoint["train_config"], asdict(config))

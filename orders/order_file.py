@@ -4,9 +4,9 @@ Knows the two formats and what a valid order is; does not know how orders are ma
 under a final name, and nothing read is believed before it is checked.
 """
 
+import glob
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
@@ -49,8 +49,8 @@ def save_orders(path: str | os.PathLike, orders: np.ndarray, meta: Mapping) -> N
         _write_atomically(path, lambda file: _write_json(file, orders))
         return
     text = json.dumps(dict(meta)) + "\n"
-    _write_atomically(path, lambda file: np.save(file, orders.astype(np.uint16, copy=False)))
     _write_atomically(meta_path(path), lambda file: file.write(text.encode()))
+    _write_atomically(path, lambda file: np.save(file, orders.astype(np.uint16, copy=False)))
 
 
 def meta_path(path: str | os.PathLike) -> Path:
@@ -158,20 +158,16 @@ def _write_json(file: IO[bytes], orders: np.ndarray) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

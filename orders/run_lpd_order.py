@@ -7,6 +7,7 @@ Knows the flags, the processes and the progress; the orders themselves are `lpd_
 import argparse
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -23,10 +24,11 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from orders.lpd_order import LARGEST_GRID, ORDER_KINDS, make_orders  # noqa: E402
-from orders.order_file import check_suffix, save_orders  # noqa: E402
+from orders.order_file import check_suffix, load_orders, meta_path, save_orders  # noqa: E402
 from orders.schedule import check_group_sizes, cosine_group_sizes  # noqa: E402
 
 CELLS_PER_BATCH = 1 << 18  # what a process does at a time, about a quarter of a second
+FIRST_ORDERS = 256  # by which a file is known to hold the orders asked for
 LEAST = {
     "img_size": 1,
     "vqgan_stride": 1,
@@ -110,19 +112,43 @@ def resolved_group_sizes(
         raise UsageError(f"{flag}: {error}") from error
 
 
-def check_outputs(paths: list[Path], *, overwrite: bool) -> None:
-    """UsageError for a file that exists or has no format by its name; OSError for a folder without access."""
+def check_outputs(paths: list[Path], settings: dict, meta: dict, *, overwrite: bool) -> list[Path]:
+    """The files still to be written: those that an earlier, killed run completed are left as they are.
+
+    UsageError for a file that holds something else or has no format by its name; OSError for a folder without
+    access.
+    """
     for path in paths:
         try:
             check_suffix(path)
         except ValueError as error:
             raise UsageError(f"--output_file {error}") from error
-        if path.exists() and not (overwrite and path.is_file()):
-            raise UsageError(f"--output_file {path} exists: give another name or --overwrite")
+    missing = []
     for path in paths:
+        if not path.exists() or (overwrite and path.is_file()):
+            missing.append(path)
+        elif not is_complete(path, settings, meta):
+            raise UsageError(f"--output_file {path} exists: give another name or --overwrite")
+    for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"--output_file {path}: {path.parent} cannot be written")
+    return missing
+
+
+def is_complete(path: Path, settings: dict, meta: dict) -> bool:
+    """Whether a file holds the orders of these settings, as far as their number and the first ones tell."""
+    if not path.is_file():
+        return False
+    try:
+        found = load_orders(path, settings["grid_size"] ** 2)
+        if path.suffix == ".npy" and json.loads(meta_path(path).read_text()) != json.loads(json.dumps(meta)):
+            return False
+    except (ValueError, OSError):
+        return False
+    num_orders = meta["num_orders"]
+    first = make_orders(n=min(num_orders, FIRST_ORDERS), **settings)
+    return len(found) == num_orders and np.array_equal(found[: len(first)], first)
 
 
 def generate_orders(num_orders: int, workers: int, settings: dict) -> Iterator[np.ndarray]:
@@ -177,7 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = flags().parse_args(argv)
         settings = resolved_settings(args)
-        check_outputs(args.output_file, overwrite=args.overwrite)
+        meta = {**settings, "num_orders": args.num_runs, "image_size": args.img_size}
+        missing = check_outputs(args.output_file, settings, meta, overwrite=args.overwrite)
+        if not missing:
+            print(f"complete already: {' '.join(map(str, args.output_file))}")
+            return 0
         orders = np.empty((args.num_runs, settings["grid_size"] ** 2), np.uint16)
         done = 0
         with tqdm(total=args.num_runs, unit=" orders", mininterval=0.5) as progress:
@@ -185,8 +215,8 @@ def main(argv: list[str] | None = None) -> int:
                 orders[done : done + len(batch)] = batch
                 done += len(batch)
                 progress.update(len(batch))
-        for path in args.output_file:
-            save_orders(path, orders, {**settings, "num_orders": args.num_runs, "image_size": args.img_size})
+        for path in missing:
+            save_orders(path, orders, meta)
             print(f"{path}: {args.num_runs} orders, {len(settings['group_sizes'])} steps of {args.order}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoint import (
+    LAST,
+    PREVIOUS,
     load_checkpoint,
+    load_last_checkpoint,
     load_lpd,
     load_state,
     load_tokenizer,
@@ -333,3 +336,48 @@ def test_a_save_that_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, t
 def test_a_save_makes_one_file_in_a_new_folder(tmp_path, tiny_lpd, suffix):
     SAVERS[suffix](tmp_path / "new" / f"a{suffix}", tiny_lpd)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"a{suffix}"]
+
+
+# The last checkpoint, damaged.
+
+
+def damaged(path, damage):
+    """Write a checkpoint's bytes back, cut short or with one bit turned in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    if damage == "cut short":
+        data = data[: len(data) // 2]
+    elif damage == "one bit":
+        data[len(data) // 2] ^= 1
+    else:
+        data = bytearray()
+    path.unlink()  # PREVIOUS may be the same file by another name
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty"])
+def test_of_a_damaged_last_checkpoint_the_one_before_is_used_and_told(damage, tmp_path, capsys):
+    path = tmp_path / LAST
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step, "model": {"w": torch.full((10000,), float(step))}})
+    assert load_last_checkpoint(path)["step"] == 2 and capsys.readouterr().err == ""
+    damaged(path, damage)
+    assert load_last_checkpoint(path)["step"] == 1
+    message = capsys.readouterr().err
+    assert str(path) in message and f"going on from {tmp_path / PREVIOUS}" in message
+
+
+def test_two_damaged_checkpoints_are_an_error(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path / LAST, {"step": step})
+    for name in (LAST, PREVIOUS):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint-previous.pth: cut short"):
+        load_last_checkpoint(tmp_path / LAST)
+
+
+def test_same_checkpoint_is_the_same_bytes_whoever_writes_it(tmp_path, monkeypatch):
+    """Killed and repeated runs are compared byte by byte."""
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        save_checkpoint(tmp_path / f"{pid}.pth", {"w": torch.ones(3)})
+    assert (tmp_path / "1.pth").read_bytes() == (tmp_path / "2.pth").read_bytes()

@@ -115,6 +115,26 @@ def test_an_existing_file_is_kept_unless_overwritten(tmp_path, capsys):
     assert len(load_orders(path, 64)) == 9
 
 
+def test_the_same_command_again_leaves_what_is_complete_and_writes_what_is_not(tmp_path, capsys):
+    """As after a kill between the two files."""
+    first, second = tmp_path / "a.npy", tmp_path / "b.json"
+    assert run(*SMALL, "--output_file", first, second) == 0
+    before, missing = (first.stat().st_mtime_ns, first.read_bytes()), second.read_bytes()
+    second.unlink()
+    assert run(*SMALL, "--output_file", first, second) == 0
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before and second.read_bytes() == missing
+    assert run(*SMALL, "--output_file", first, second) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.json"])
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--num_runs", 8], ["--order", "random"]])
+def test_orders_of_other_settings_are_not_taken_for_complete(tmp_path, capsys, name, flags):
+    assert run(*SMALL, "--output_file", tmp_path / name) == 0
+    assert run(*SMALL, *flags, "--output_file", tmp_path / name) == 2
+    assert f"{name} exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("runs, parent", [(9, "file"), (10**15, ".")])
 def test_a_failure_is_one_line_and_status_1(tmp_path, monkeypatch, capsys, runs, parent):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ works alike for one process without torchrun.
 """
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,6 +88,12 @@ def gather_objects(value):
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def tell(message):
+    """Print a line to stderr, once among all processes."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def synchronize(device):

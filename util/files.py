@@ -3,6 +3,7 @@
 Knows temporary names, renames, and digests of files. Does not know what is written.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -16,11 +17,20 @@ def _umask():
     return mask
 
 
+def _remove_leftovers(path):
+    """Remove what killed processes left of their attempts to write `path`."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = partial.name.split(".")[-2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`; renamed to it when the block ends well, removed when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial

@@ -1,0 +1,27 @@
+"""Files are whole or not there, and killed processes' attempts are cleared away."""
+
+import os
+
+import pytest
+
+from util.files import atomic
+
+
+def test_failed_attempt_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), atomic(path) as partial:
+        partial.write_text("after")
+        _ = 1 / 0
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_attempts_of_killed_processes_are_removed_and_of_living_ones_kept(tmp_path):
+    """A process number beyond the largest is of none that lives; 1 always lives."""
+    dead, living, of_another = (tmp_path / f".{name}.tmp" for name in ("a.999999999", "a.1", "b.999999999"))
+    for left in (dead, living, of_another):
+        left.write_text("half")
+    with atomic(tmp_path / "a") as partial:
+        partial.write_text("whole")
+        assert str(os.getpid()) in partial.name
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", living, of_another])
