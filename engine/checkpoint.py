@@ -30,7 +30,10 @@ def save_checkpoint(path, checkpoint):
     path = Path(path)
     with atomic(path) as partial:
         with partial.open("wb") as file:  # given a path, its name would be in the bytes
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # behind which torch hides a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         if path.name == LAST and path.exists():
             with atomic(path.with_name(PREVIOUS)) as previous:
                 os.link(path, previous)

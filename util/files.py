@@ -38,6 +38,9 @@ def atomic(path):
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # so that a full disk is told with the file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
