@@ -30,7 +30,8 @@ class DamagedCache(ValueError):
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What a token cache holds. `unreadable` names images left out because the user allowed it."""
+    """What a token cache holds. `precision` is what the images were encoded in: fp32, bf16, or unknown.
+    `unreadable` names images left out because the user allowed it."""
 
     img_size: int
     grid_size: int
@@ -40,6 +41,7 @@ class CacheMeta:
     num_images: int
     shard_size: int
     names_digest: str
+    precision: str = "fp32"
     unreadable: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -192,6 +194,8 @@ class TokenCache:
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(self.meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
+        # Without numpy's memmap class, whose every slice costs more than the tokens of an image.
+        self._rows = [np.asarray(t).reshape(-1, self.meta.num_tokens) for t in self._tokens]
 
     def __len__(self):
         return len(self.labels)
@@ -199,16 +203,28 @@ class TokenCache:
     def tokens(self, indices, views):
         """Tokens of images, int64 [n, L]; view 1 is the mirrored image."""
         indices, views = np.asarray(indices), np.asarray(views)
-        out = np.empty((len(indices), self.meta.num_tokens), dtype=np.int64)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            mine = shards == shard
-            out[mine] = self._tokens[shard][indices[mine] - self._starts[shard], views[mine]]
-        if out.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
+        _check_range("index", indices, len(self))
+        _check_range("view", views, 2)
+        by_place = np.argsort(indices)  # the images of a shard come one after the other
+        shards = np.searchsorted(self._starts, indices[by_place], side="right") - 1
+        rows = 2 * (indices[by_place] - self._starts[shards]) + views[by_place]
+        stored = np.empty((len(indices), self.meta.num_tokens), dtype=np.uint16)
+        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            if start < end:  # "clip" takes straight into `out`; the ranges were checked above
+                self._rows[shards[start]].take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
+        if stored.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
             raise DamagedCache(
-                f"{self.folder}: token {out.max()}, meta.json says {self.meta.vocab_size} codes"
+                f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
             )
+        out = np.empty(stored.shape, dtype=np.int64)
+        out[by_place] = stored
         return out
+
+
+def _check_range(what, values, end):
+    if len(values) and not 0 <= values.min() <= values.max() < end:
+        raise IndexError(f"{what} {values.min()}..{values.max()} outside 0..{end - 1}")
 
 
 class MarCache:
