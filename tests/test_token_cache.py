@@ -18,7 +18,15 @@ import engine.cache
 from engine.cache import encode_views
 from engine.checkpoint import load_tokenizer
 from util.images import list_images, load_image
-from util.token_cache import CacheMeta, CacheWriter, MarCache, TokenCache, names_digest, open_token_cache
+from util.token_cache import (
+    CacheMeta,
+    CacheWriter,
+    DamagedCache,
+    MarCache,
+    TokenCache,
+    names_digest,
+    open_token_cache,
+)
 
 META = CacheMeta(
     img_size=8, grid_size=2, vocab_size=50000, class_names=("cat", "dog"), tokenizer_digest="0123",
@@ -112,17 +120,30 @@ def test_index_or_view_out_of_range_is_refused(small_cache, index, view):
         TokenCache(small_cache).tokens([0, index], [0, view])
 
 
-def test_names_of_images_are_kept_and_never_used_as_paths(tmp_path, tokens):
-    hostile = ["../../outside.png", "/etc/passwd", "a b.png", "ü.png", "\n.png"]
+def test_odd_names_of_images_are_kept_and_make_no_folders(tmp_path, tokens):
+    odd = ["a/b c.png", "ü.png", "\n.png", "..png", "a/..b/x"]
     writer = CacheWriter(tmp_path / "cache", META)
     writer.begin()
     for shard in range(META.num_shards):
         mine = list(writer.shard_range(shard))
-        writer.write_shard(shard, tokens[mine], LABELS[mine], [hostile[i] for i in mine])
-    writer.finish(hostile)
-    assert len(TokenCache(tmp_path / "cache")) == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+        writer.write_shard(shard, tokens[mine], LABELS[mine], [odd[i] for i in mine])
+    writer.finish(odd)
+    assert TokenCache(tmp_path / "cache").meta.unreadable == ()  # all were found again
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "a\0b", "", 3, None, ["x"]])
+def test_name_that_leaves_the_folder_is_refused_by_writer_and_reader(tmp_path, tokens, name):
+    with pytest.raises(ValueError, match="a name that is no text|leaves its folder"):
+        CacheWriter(tmp_path / "new", META).write_shard(0, tokens[:2], LABELS[:2], ["x.png", name])
+    assert not (tmp_path / "new").exists()
+    folder = write_cache(tmp_path / "cache", tokens)
+    (folder / "shard-00001.names.json").write_text(json.dumps(["x.png", name]))
+    with pytest.raises(DamagedCache, match="shard-00001.names.json"):
+        CacheWriter(folder, META).finish(NAMES)
+    _edit_meta(folder, unreadable=[name])
+    with pytest.raises(ValueError, match="meta.json"):
+        TokenCache(folder)
 
 
 # Made by main_cache.
@@ -360,9 +381,21 @@ def _save(path, array):
     np.save(path, array, allow_pickle=True)
 
 
+def _claim(path, images):
+    """The same file, whose header says so many images."""
+    with path.open("wb") as file:
+        header = {"descr": "<u2", "fortran_order": False, "shape": (images, 2, 4)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
 def _edit_meta(folder, **changes):
     values = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**values, **changes}))
+
+
+def _only_a_plan_of_absurdly_many(folder):
+    _edit_meta(folder, num_images=10**15)
+    (folder / "meta.json").rename(folder / "plan.json")
 
 
 DAMAGE = {
@@ -389,6 +422,16 @@ DAMAGE = {
     "meta with a number as text": (lambda f: _edit_meta(f, num_images="5"), "num_images"),
     "meta with a shard of nothing": (lambda f: _edit_meta(f, shard_size=0), "shard_size"),
     "meta without images": (lambda f: _edit_meta(f, num_images=0), "num_images"),
+    "meta nested without an end": (lambda f: (f / "meta.json").write_text("[" * 10**6), "meta.json"),
+    "meta of absurdly many images": (lambda f: _edit_meta(f, num_images=10**18), "num_images"),
+    "meta of absurdly many shards": (
+        lambda f: _edit_meta(f, num_images=10**9, shard_size=1), "1000000000 shards, at most 100000"),
+    "meta of more codes than tokens have bits": (lambda f: _edit_meta(f, vocab_size=65537), "vocab_size"),
+    "plan of absurdly many shards, no meta": (_only_a_plan_of_absurdly_many, "num_images"),
+    "tokens that claim more than there is": (
+        lambda f: _claim(f / "shard-00000.tokens.npy", 10**12), "it claims 16000000000000 bytes, it has 0"),
+    "tokens behind a header of gigabytes": (
+        lambda f: (f / "shard-00000.tokens.npy").write_bytes(b"\x93NUMPY\2\0" + b"\xff" * 9), "tokens.npy"),
     "meta without a field": (
         lambda f: (f / "meta.json").write_text('{"class_names": [], "unreadable": []}'), "meta.json"),
 }  # fmt: skip
