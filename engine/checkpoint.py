@@ -37,7 +37,8 @@ def save_checkpoint(path, checkpoint):
 def _reason(error):
     """The telling line of an error of torch.load, whose first may be advice to read the file unsafely."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
+    line = next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
+    return line[:200]  # it may quote the file
 
 
 def load_checkpoint(path):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "faults"))
 import fuzz  # noqa: E402
 
 PLACES, PAYLOADS = st.floats(0, 1, exclude_max=True), st.binary(min_size=2, max_size=24)
-EDITS = st.lists(st.tuples(st.sampled_from(fuzz.KINDS), PLACES, PAYLOADS), min_size=1, max_size=4)
+EDITS = st.lists(st.tuples(st.sampled_from(fuzz.CHOICES), PLACES, PAYLOADS), min_size=1, max_size=4)
 BOUNDED = settings(
     max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -53,7 +53,9 @@ def test_the_judge_of_these_tests_finds_faults(tmp_path):
     assert fuzz.outcome(fuzz.Format(None, raises(ValueError("x")), None), tmp_path, None) == "refused"
 
 
-def test_every_kind_of_damage_changes_a_file():
-    content = fuzz.json.dumps({"a": [1, 2, 3], "b": "text"}).encode()
-    for kind in fuzz.KINDS:
-        assert fuzz.damaged(content, [(kind, 0.5, b"\3\0")], structured=True) != content
+@pytest.mark.parametrize("name", ["orders .json", "MAR .npz", "weights .pth", "weights .safetensors"])
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_every_kind_of_damage_changes_a_file(tmp_path, name, kind):
+    form = fuzz.FORMATS[name]
+    content = form.make(tmp_path).read_bytes()
+    assert fuzz.damaged(content, [(kind, 0.5, b"\3\1")], form.inside) != content

@@ -10,15 +10,19 @@ what repeats it: `--repeat FORMAT:SEED`.
 
 import argparse
 import collections
+import io
 import json
 import multiprocessing
 import random
 import resource
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +60,13 @@ class Fault(AssertionError):
 @dataclass(frozen=True)
 class Format:
     """`make(folder)` writes sound files and returns the one to damage; `read(folder)` reads; `check(value)`
-    raises unless the value is well-formed. `structured` files are JSON, whose values can be swapped."""
+    raises unless the value is well-formed. `inside(content, place, payload)` damages what lies behind
+    checksums and syntax, as bytes changed at random seldom do: the values of JSON, the parts of a zip."""
 
     make: object
     read: object
     check: object
-    structured: bool = False
+    inside: object = None
 
 
 def require(condition, what):
@@ -73,14 +78,14 @@ def require(condition, what):
 # Sound files, their readers, and what any value that these return must be.
 
 
-def file_format(name, write, read, check, *, structured=False):
-    """A format of one file."""
+def file_format(name, write, read, check):
+    """A format of one file, whose suffix tells what is inside."""
 
     def make(folder):
         write(folder / name)
         return folder / name
 
-    return Format(make, lambda folder: read(folder / name), check, structured)
+    return Format(make, lambda folder: read(folder / name), check, INSIDE.get(Path(name).suffix))
 
 
 def orders():
@@ -144,7 +149,7 @@ def in_cache(name):
         write_cache(folder)
         return folder / name
 
-    return Format(make, read_cache, check_cache, structured=name.endswith(".json"))
+    return Format(make, read_cache, check_cache, INSIDE.get(Path(name).suffix))
 
 
 def write_mar(folder):
@@ -183,18 +188,145 @@ def save_pth(path, zipped):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
+# Damage. An edit is (kind, place in 0..1, bytes or a value); a file is damaged by a few of them in turn.
+
+VALUES = [
+    None, True, 0, -1, 1, 2, 65535, 65536, 2**31, 2**63, 10**18, 10**400, 0.5, 1e308, float("nan"), "", "x",
+    "..", "../../x", "/etc/passwd", "\0", [], [[]], {}, {"x": 1}, [0] * 100, "9" * 5000,
+]  # fmt: skip
+KINDS = ("flip", "cut", "insert", "remove", "repeat", "number", "inside")
+CHOICES = (*KINDS, "inside", "inside", "inside")  # how often each is drawn
+
+
+def damaged(content, edits, inside=None):
+    """Bytes of a sound file -> bytes of a damaged one.
+
+    Args:
+        edits: (kind, place, payload) triples: kind of KINDS, place in [0, 1), payload of two bytes or more.
+        inside: of the Format; without it an edit inside is one of bytes.
+    """
+    for kind, place, payload in edits:
+        if kind != "inside":
+            content = damaged_bytes(content, kind, place, payload)
+        else:
+            content = (inside or flipped)(content, place, payload)
+    return content
+
+
+def damaged_bytes(content, kind, place, payload):
+    """One edit of bytes."""
+    at, number = int(place * len(content)), int.from_bytes(payload[:2], "little")
+    if kind == "flip":
+        return flipped(content, place, payload)
+    if kind == "cut":
+        return content[:at]
+    if kind == "insert":
+        return content[:at] + payload + content[at:]
+    if kind == "remove":
+        return content[:at] + content[at + 1 + number % 64 :]
+    if kind == "repeat":
+        return content[:at] + content[at : at + 64] * (1 + number % 8) + content[at:]
+    size, fill = (1, 2, 4, 8)[number % 4], (b"\xff", b"\x7f", b"\0")[number // 4 % 3]
+    return content[:at] + fill * size + content[at + size :]  # what sizes are made of: the largest, zero
+
+
+def flipped(content, place, payload):
+    """One bit."""
+    at = int(place * len(content))
+    return content[:at] + bytes(b ^ 1 << payload[0] % 8 for b in content[at : at + 1]) + content[at + 1 :]
+
+
+def swapped(content, place, payload):
+    """JSON with one of its values in the place of another; unreadable JSON as it is."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    return json.dumps(with_swap(whole, place, payload)).encode()
+
+
+def with_swap(whole, place, payload):
+    """A value of lists and dicts, with one of VALUES somewhere in it."""
+    value, spots = VALUES[payload[0] % len(VALUES)], list(places_of(whole))
+    if not spots:
+        return value
+    holder, key = spots[int(place * len(spots))]
+    holder[key] = value
+    return whole
+
+
+ZIP_ERRORS = (zipfile.BadZipFile, ValueError, OSError, EOFError, LookupError, NotImplementedError,
+              RuntimeError, struct.error, zlib.error)  # fmt: skip
+
+
+def resealed(content, place, payload):
+    """A zip, a part of it damaged, all sums right again: of a checkpoint every other time its pickle."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+    except ZIP_ERRORS:
+        return content  # damaged already
+    names = [name for name in parts if name.endswith("data.pkl")] if payload[1] % 2 else []
+    names = names or list(parts)
+    if not names:
+        return content
+    name, within = names[int(place * len(names))], place * len(names) % 1
+    kind = KINDS[payload[0] % (len(KINDS) - 1)]
+    parts[name] = damaged_bytes(parts[name], kind, within, payload[1:] + b"\0")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    return file.getvalue()
+
+
+def reheaded(content, place, payload):
+    """Safetensors with one value of the header swapped, or of the text that our own weights have in it."""
+    try:
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        header["__metadata__"]["lpd"] = json.loads(header["__metadata__"]["lpd"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content
+    header = with_swap(header, place, payload)
+    if isinstance(header.get("__metadata__"), dict) and "lpd" in header["__metadata__"]:
+        header["__metadata__"]["lpd"] = json.dumps(header["__metadata__"]["lpd"])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+INSIDE = {".json": swapped, ".npz": resealed, ".pth": resealed, ".safetensors": reheaded}
+
+
+def places_of(value):
+    """(holder, key) of every value inside lists and dicts."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in list(keys):
+        yield value, key
+        yield from places_of(value[key])
+
+
+def random_edits(rng):
+    """One to four edits."""
+    return [
+        (rng.choice(CHOICES), rng.random(), rng.randbytes(rng.choice((2, 3, 8, 40))))
+        for _ in range(rng.choice((1, 1, 1, 2, 4)))
+    ]
+
+
 FORMATS = {
     "orders .npy": file_format(
         "o.npy", lambda p: np.save(p, orders()), lambda p: load_orders(p, 16), check_orders),
     "orders .json": file_format(
         "o.json", lambda p: p.write_text(json.dumps(orders().tolist())), lambda p: load_orders(p, 16),
-        check_orders, structured=True),
+        check_orders),
     "cache meta.json": in_cache("meta.json"),
     "cache plan.json": in_cache("plan.json"),
     "cache names.json": in_cache("shard-00001.names.json"),
     "cache tokens.npy": in_cache("shard-00000.tokens.npy"),
     "cache labels.npy": in_cache("shard-00001.labels.npy"),
-    "MAR .npz": Format(write_mar, read_mar, check_cache),
+    "MAR .npz": Format(write_mar, read_mar, check_cache, resealed),
     "statistics .npz": file_format(
         "s.npz", lambda p: save_statistics(p, {"mu": np.ones(3), "sigma": np.eye(3), "n": 9}, img_size=8),
         load_statistics, check_statistics),
@@ -223,74 +355,6 @@ FORMATS = {
     "image .tif": picture_format("tif", compression="tiff_lzw"),
     "image .bmp": picture_format("bmp"),
 }  # fmt: skip
-
-
-# Damage. An edit is (kind, place in 0..1, bytes or a value); a file is damaged by a few of them in turn.
-
-VALUES = [
-    None, True, 0, -1, 1, 2, 65535, 65536, 2**31, 2**63, 10**18, 10**400, 0.5, 1e308, float("nan"), "", "x",
-    "..", "../../x", "/etc/passwd", "\0", [], [[]], {}, {"x": 1}, [0] * 100, "9" * 5000,
-]  # fmt: skip
-KINDS = ("flip", "cut", "insert", "remove", "number", "repeat", "swap")
-
-
-def damaged(content, edits, *, structured=False):
-    """Bytes of a sound file -> bytes of a damaged one.
-
-    Args:
-        edits: (kind, place, payload) triples: kind of KINDS, place in [0, 1), payload of any bytes.
-    """
-    for kind, place, payload in edits:
-        at = int(place * len(content))
-        number = int.from_bytes(payload[:2] or b"\0", "little")
-        if kind == "swap":
-            content = swapped(content, place, VALUES[number % len(VALUES)]) if structured else content
-        elif kind == "flip":
-            content = (
-                content[:at] + bytes(b ^ 1 << (number % 8) for b in content[at : at + 1]) + content[at + 1 :]
-            )
-        elif kind == "cut":
-            content = content[:at]
-        elif kind == "insert":
-            content = content[:at] + payload + content[at:]
-        elif kind == "remove":
-            content = content[:at] + content[at + 1 + number % 64 :]
-        elif kind == "number":  # what sizes are made of: all ones, the largest positive, zero
-            size, fill = (1, 2, 4, 8)[number % 4], (b"\xff", b"\x7f", b"\0")[number // 4 % 3]
-            content = content[:at] + fill * size + content[at + size :]
-        elif kind == "repeat":
-            content = content[:at] + content[at : at + 64] * (1 + number % 8) + content[at:]
-    return content
-
-
-def swapped(content, place, value):
-    """JSON with one of its values in the place of another; unreadable JSON as it is."""
-    try:
-        whole = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
-    spots = list(places_of(whole))
-    if not spots:
-        return json.dumps(value).encode()
-    holder, key = spots[int(place * len(spots))]
-    holder[key] = value
-    return json.dumps(whole).encode()
-
-
-def places_of(value):
-    """(holder, key) of every value inside lists and dicts."""
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in list(keys):
-        yield value, key
-        yield from places_of(value[key])
-
-
-def random_edits(rng):
-    """One to four edits."""
-    return [
-        (rng.choice(KINDS), rng.random(), rng.randbytes(rng.choice((2, 3, 8, 40))))
-        for _ in range(rng.choice((1, 1, 1, 2, 4)))
-    ]
 
 
 # Judgement.
@@ -343,7 +407,7 @@ class Bench:
         """The outcome of reading the files, one of them damaged."""
         for path, content in self.files.items():
             path.write_bytes(content)
-        self.path.write_bytes(damaged(self.files[self.path], edits, structured=self.form.structured))
+        self.path.write_bytes(damaged(self.files[self.path], edits, self.form.inside))
         return outcome(self.form, self.folder, self.sound)
 
 
