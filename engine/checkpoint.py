@@ -8,13 +8,14 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig, resize_pos_embed
@@ -23,6 +24,10 @@ from util import dist
 from util.files import atomic
 
 LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
+WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
+LAYERS = ("depth", "num_res_blocks", "multipliers")  # of configs: so many modules are made, each with weights
+MOST_PLACES = 2**16 + 1  # of a grid, and the class token
+MOST_SIZE = 2**24  # that a config may give anything; what it gives all together is held against the weights
 
 
 def save_checkpoint(path, checkpoint):
@@ -42,7 +47,8 @@ def save_checkpoint(path, checkpoint):
 def _reason(error):
     """The telling line of an error of torch.load, whose first may be advice to read the file unsafely."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
+    line = next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
+    return line[:200]  # it may quote the file
 
 
 def load_checkpoint(path):
@@ -53,13 +59,8 @@ def load_checkpoint(path):
         ValueError: cut short, no checkpoint, or one that holds code.
         OSError: the file cannot be opened.
     """
-    with open(path, "rb"):
-        pass
+    _check_zip(path)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not compare checksums
-                    raise ValueError(f"the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -88,12 +89,37 @@ def load_last_checkpoint(path):
         return checkpoint
 
 
+def _check_zip(path):
+    """Refuse a zip (as torch.save writes) that would inflate, whose parts claim more than the file has, or
+    whose bytes are not those that were written.
+
+    Raises:
+        ValueError: naming both numbers, or the part whose checksum is wrong.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        there = os.fstat(file.fileno()).st_size
+        try:
+            if not zipfile.is_zipfile(file):
+                return  # the older format; what it claims beyond its end is refused by torch.load
+            with zipfile.ZipFile(file) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+                damaged = archive.testzip() if claimed <= there else None  # torch.load compares no checksums
+        except Exception as error:  # a damaged list of contents fails in many ways
+            raise ValueError(f"{path}: cut short or no checkpoint ({_reason(error)})") from None
+    if claimed > there:
+        raise ValueError(f"{path}: its parts claim {claimed} bytes, the file has {there}")
+    if damaged:
+        raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
+
+
 def check_same_config(path, saved, now):
     """Refuse to resume with other settings than a checkpoint's; both are dicts of plain values.
 
     Raises:
         ValueError: naming the first setting that changed.
     """
+    saved = saved if isinstance(saved, dict) else {}
     for key, value in now.items():
         if saved.get(key) != value:
             raise ValueError(
@@ -122,14 +148,32 @@ def read_weights(path):
         try:
             with safe_open(path, framework="pt") as file:
                 info = json.loads((file.metadata() or {}).get("lpd", "{}"))
-                return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: cut short or no safetensors file ({error})") from None
-    checkpoint = load_checkpoint(path)
-    state = checkpoint.get("ema") or checkpoint.get("model") or checkpoint
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # SafetensorError, and what nested JSON or a tensor of no known type does
+            raise ValueError(f"{path}: cut short or no safetensors file ({_reason(error)})") from None
+    else:
+        checkpoint = load_checkpoint(path)
+        named = [checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)]
+        state = next((weights for weights in named if weights), checkpoint.get("model", checkpoint))
+        info = checkpoint.get("info", {})
+    if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
         raise ValueError(f"{path}: holds no weights under 'model'")
-    return state, checkpoint.get("info", {})
+    if not _is_info(info):
+        raise ValueError(f"{path}: what it says of its weights is damaged ({str(info):.60})")
+    return state, info
+
+
+def _is_weight(item):
+    name, value = item
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and plain and value.dtype in WEIGHT_TYPES
+
+
+def _is_info(info):
+    names = info.get("class_names", []) if isinstance(info, dict) else None
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def load_state(model, state, path):
@@ -138,6 +182,14 @@ def load_state(model, state, path):
     Raises:
         ValueError: keys or shapes differ, or a weight is not finite.
     """
+    _check_shapes(model, state, path)
+    for name, tensor in model.state_dict().items():
+        if not state[name].to(tensor.dtype).isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
+    model.load_state_dict(state)
+
+
+def _check_shapes(model, state, path):
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -148,21 +200,45 @@ def load_state(model, state, path):
             raise ValueError(
                 f"{path}: {name} has shape {list(state[name].shape)}, the model {list(tensor.shape)}"
             )
-        if not state[name].isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite")
-    model.load_state_dict(state)
 
 
-def _config(kind, values, path):
+def _build(kind, config, state, path):
+    """A model with weights from a file. It takes memory only when its sizes are those of the weights."""
+    try:
+        with torch.device("meta"):  # also: no time for random weights that are overwritten at once
+            model = kind(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config makes no {kind.__name__} ({_reason(error)})") from None
+    _check_shapes(model, state, path)
+    model = model.to_empty(device="cpu")
+    load_state(model, state, path)
+    return model.eval()
+
+
+def _config(kind, values, state, path):
     """A config from what a file says.
 
     Raises:
-        ValueError: fields of another kind of config, or values out of range.
+        ValueError: fields of another kind of config, values of another type or out of range, or more layers
+            than there are weights.
     """
     try:
+        for field in dataclasses.fields(kind):
+            _check_size(field, values.get(field.name, field.default), len(state))
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its config is none of {kind.__name__} ({error})") from None
+
+
+def _check_size(field, value, num_weights):
+    """Refuse another type than the default's, and sizes that nothing in the file stands for."""
+    values = value if isinstance(field.default, tuple) and isinstance(value, (list, tuple)) else [value]
+    whole = not isinstance(field.default, float)
+    for number in values:
+        if type(number) not in ((int,) if whole else (int, float)) or not 0 <= number <= MOST_SIZE:
+            raise ValueError(f"{field.name} is {str(value):.60}")
+    if field.name in LAYERS and max(len(values), *values) > num_weights:
+        raise ValueError(f"{field.name} is {str(value):.60}, there are {num_weights} weights")
 
 
 def _size(config):
@@ -174,9 +250,20 @@ def load_tokenizer(path):
     state, info = read_weights(path)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{path}: no tokenizer weights: quantize.embedding.weight is missing")
-    model = VQModel(_config(VQConfig, info.get("config", {}), path))
-    load_state(model, state, path)
-    return model.eval().requires_grad_(False)
+    config = _config(VQConfig, info.get("config", {}), state, path)
+    return _build(VQModel, config, state, path).requires_grad_(False)
+
+
+def _check_embeddings(state, path):
+    """Refuse weights without the three tables whose shapes tell sizes, or with tables of other shapes."""
+    for name, ndim in (("class_emb.weight", 2), ("token_emb.weight", 2), ("pos_embed", 3)):
+        if name not in state:
+            raise ValueError(f"{path}: no LPD weights: {name} is missing")
+        if state[name].ndim != ndim or 0 in state[name].shape:
+            raise ValueError(f"{path}: no LPD weights: {name} has shape {list(state[name].shape)}")
+    one, places, _ = state["pos_embed"].shape
+    if one != 1 or math.isqrt(places - 1) ** 2 != places - 1 or not 1 < places <= MOST_PLACES:
+        raise ValueError(f"{path}: pos_embed has shape {list(state['pos_embed'].shape)}, not that of a grid")
 
 
 def lpd_config_of(state, info, path, model_name=None):
@@ -185,11 +272,9 @@ def lpd_config_of(state, info, path, model_name=None):
     Raises:
         ValueError: the file has no config and no size is named, or the file's size is not the named one.
     """
-    for name in ("class_emb.weight", "token_emb.weight", "pos_embed"):
-        if name not in state:
-            raise ValueError(f"{path}: no LPD weights: {name} is missing")
+    _check_embeddings(state, path)
     if "config" in info:
-        config = _config(LPDConfig, info["config"], path)
+        config = _config(LPDConfig, info["config"], state, path)
         if model_name is not None and (config.embed_dim, config.depth) != _size(LPD_CONFIGS[model_name]):
             raise ValueError(
                 f"{path} has width {config.embed_dim} and depth {config.depth}, --model {model_name} has "
@@ -220,18 +305,13 @@ def load_lpd(path, model_name=None):
         (model, info dict)
     """
     state, info = read_weights(path)
-    with torch.device("meta"):  # no time for random weights that are overwritten at once
-        model = LPD(lpd_config_of(state, info, path, model_name))
-    model = model.to_empty(device="cpu")
-    load_state(model, state, path)
-    return model.eval(), info
+    return _build(LPD, lpd_config_of(state, info, path, model_name), state, path), info
 
 
 def start_from(model, path):
     """Put weights from a file into a new model, position embeddings resized to its grid (256 to 512 px)."""
     state, _ = read_weights(path)
-    if "pos_embed" not in state:
-        raise ValueError(f"{path}: no LPD weights: pos_embed is missing")
+    _check_embeddings(state, path)
     state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
     load_state(model, state, path)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from util.files import atomic, read_json, write_json
+from util.npz import read_arrays
 
 CHUNKS = 256  # so many at least, where there are as many batches: any number of processes shares them evenly
 
@@ -87,9 +88,8 @@ class ChunkStore:
         """
         for chunk in range(len(self)):
             try:
-                with np.load(self.path(chunk), allow_pickle=False) as arrays:
-                    yield arrays[key]
-            except Exception as error:  # zip, npy and key errors alike
+                yield read_arrays(self.path(chunk), [key])[key]
+            except (ValueError, OSError) as error:
                 raise DamagedChunk(f"{self.path(chunk)} cannot be read: remove it ({error})") from None
 
     def read_rows(self, key):

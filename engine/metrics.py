@@ -12,6 +12,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util.files import atomic
+from util.npz import array_names, read_arrays
 
 # What a statistics file says of itself, if it is ours.
 FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")
@@ -67,12 +68,12 @@ def load_statistics(path):
         ValueError: damaged, keys missing, shapes that do not fit each other, or numbers that are none.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
-            found |= {k: arrays[k].item() for k in FACTS if k in arrays}
-            if "features" in arrays:
-                found["features"] = arrays["features"].astype(np.float32)
-    except Exception as error:  # zip, npy and key errors alike
+        arrays = read_arrays(path, {"mu", "sigma", "features", *FACTS} & {"mu", "sigma", *array_names(path)})
+        found = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
+        found |= {k: arrays[k].item() for k in FACTS if k in arrays}
+        if "features" in arrays:
+            found["features"] = arrays["features"].astype(np.float32)
+    except (ValueError, TypeError) as error:  # a TypeError: arrays of other things than numbers
         raise ValueError(f"{path}: no statistics with mu and sigma ({error})") from None
     size = len(found["mu"]) if found["mu"].ndim == 1 else -1
     if found["sigma"].shape != (size, size):

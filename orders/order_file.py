@@ -15,10 +15,9 @@ import numpy as np
 
 SUFFIXES = (".npy", ".json")
 ROWS_PER_CHECK = 4096
-NPY_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+ROW_CHARACTERS = (
+    64  # of JSON for a position, at most: a longer row is not taken into memory as Python numbers
+)
 
 
 def load_orders(path: str | os.PathLike, num_tokens: int, num_orders: int | None = None) -> np.ndarray:
@@ -83,8 +82,9 @@ def _check_permutations(path: Path, orders: np.ndarray, first_row: int) -> None:
 def _read_npy(path: Path, num_tokens: int) -> np.ndarray:
     with open(path, "rb") as file:
         try:
-            read_header = NPY_HEADERS[np.lib.format.read_magic(file)]
-            shape, _, dtype = read_header(file)
+            if np.lib.format.read_magic(file) != (1, 0):  # others can claim gigabytes for the header itself
+                raise ValueError("no .npy of version 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         except Exception as error:  # NumPy parses the header as Python, which fails in many ways
             raise ValueError(f"{path} is not an .npy file: {str(error).splitlines()[0]}") from error
         present = os.fstat(file.fileno()).st_size - file.tell()
@@ -107,17 +107,17 @@ def _read_json(path: Path, num_tokens: int) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     rows: list[np.ndarray] = []
-    decode = json.JSONDecoder().raw_decode
+    decode, most = json.JSONDecoder().raw_decode, ROW_CHARACTERS * (num_tokens + 16)
     at = _after(path, text, 0, "[", len(rows))
     while at < len(text) and text[at] != "]":
         if rows:
             at = _after(path, text, at, ",", len(rows))
         try:
-            row, at = decode(text, at)
+            row, length = decode(text[at : at + most])
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, row {len(rows)}: not JSON: {error}") from error
         rows.append(_checked_row(path, row, len(rows), num_tokens))
-        at = _skip_space(text, at)
+        at = _skip_space(text, at + length)
     at = _after(path, text, at, "]", len(rows))
     if at != len(text):
         raise ValueError(f"{path} goes on after the list of orders, at character {at}")

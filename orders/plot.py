@@ -54,7 +54,7 @@ def group_sizes_of(args: argparse.Namespace) -> tuple[int, ...]:
         raise UsageError(f"--generation_steps or --group_sizes is needed: there is no {settings}")
     try:
         return tuple(int(size) for size in json.loads(settings.read_text())["group_sizes"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{settings} tells no group sizes: give --group_sizes") from error
 
 

@@ -279,6 +279,7 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("cache", {"vqgan_vocab_size": 70000}, ["--vqgan_vocab_size", "70000", "65536"]),
     ("cache", {"from_mar": "{absent}"}, ["--from_mar", "{absent}"]),
     ("cache", {"from_mar": "{empty}"}, ["{empty}"]),
+    ("cache", {"from_mar": "{empty}", "bf16": True}, ["--bf16", "--from_mar"]),
     # Tokenizer training.
     ("tokenizer", {"data_path": NONE}, ["--data_path is needed"]),
     ("tokenizer", {"data_path": "{empty}"}, ["{empty}", "no class sub-folders"]),

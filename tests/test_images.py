@@ -1,5 +1,9 @@
 """Images in and out: the centre crop by hand, pixels in two forms, folders, files that cannot be read."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +129,37 @@ def test_unreadable_picture_is_named(tmp_path, damage):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UnreadableImage, match="cat.png"):
         load_image(path, 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # below PIL's error, above ours
+@pytest.mark.parametrize(
+    "sides,word",
+    [
+        ((30000, 30000), "900000000 pixels"),
+        ((12000, 12000), "12000x12000: has 144000000 pixels"),
+        ((1, 6000000), "6000000: would have, its short side 256, 393216000000 pixels"),
+        ((2**21, 3), "would have, its short side 256, 45812984320 pixels"),
+    ],
+)
+def test_picture_of_absurd_sides_is_refused_before_memory_is_taken(tmp_path, sides, word):
+    """A PNG of a few bytes that claims so; the narrow ones would grow when the short side becomes 256."""
+    header = b"IHDR" + struct.pack(">II5B", *sides, 8, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    body = b"IDAT" + zlib.compress(bytes(10**4))
+    bomb += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match=f"bomb.png: .*{word}"):
+        load_image(tmp_path / "bomb.png", 256)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_picture_that_is_a_program_is_refused(tmp_path):
+    """PostScript under a picture's name: PIL would hand it to Ghostscript."""
+    (tmp_path / "cat.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UnreadableImage, match="cat.png: cannot identify"):
+        load_image(tmp_path / "cat.png", 8)
 
 
 def test_loader_gives_the_asked_batches_and_mirrors_view_one(tmp_path):

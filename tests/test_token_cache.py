@@ -1,12 +1,16 @@
 """The token cache: what it holds, how it is made through kills and damaged images, what is refused."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import signal
 
 import numpy as np
 import programs
 import pytest
+import torch
 from PIL import Image
 from programs import SIZE, TOKENS, TRAIN, cache_flags, call, contents, finished
 
@@ -14,7 +18,15 @@ import engine.cache
 from engine.cache import encode_views
 from engine.checkpoint import load_tokenizer
 from util.images import list_images, load_image
-from util.token_cache import CacheMeta, CacheWriter, MarCache, TokenCache, names_digest, open_token_cache
+from util.token_cache import (
+    CacheMeta,
+    CacheWriter,
+    DamagedCache,
+    MarCache,
+    TokenCache,
+    names_digest,
+    open_token_cache,
+)
 
 META = CacheMeta(
     img_size=8, grid_size=2, vocab_size=50000, class_names=("cat", "dog"), tokenizer_digest="0123",
@@ -95,17 +107,43 @@ def test_tokens_lie_on_disk_as_two_bytes_each(small_cache, tokens):
     assert np.array_equal(np.concatenate(shards), tokens)
 
 
-def test_names_of_images_are_kept_and_never_used_as_paths(tmp_path, tokens):
-    hostile = ["../../outside.png", "/etc/passwd", "a b.png", "ü.png", "\n.png"]
+def test_many_shards_in_any_order_are_read_as_one_array(small_cache, tokens):
+    cache, rng = TokenCache(small_cache), np.random.default_rng(1)
+    for n in (0, 1, 5, 200):
+        indices, views = rng.integers(0, 5, n), rng.integers(0, 2, n)
+        assert np.array_equal(cache.tokens(indices, views), tokens[indices, views])
+
+
+@pytest.mark.parametrize("index,view", [(5, 0), (-1, 0), (0, 2), (0, -1)])
+def test_index_or_view_out_of_range_is_refused(small_cache, index, view):
+    with pytest.raises(IndexError, match="outside 0.."):
+        TokenCache(small_cache).tokens([0, index], [0, view])
+
+
+def test_odd_names_of_images_are_kept_and_make_no_folders(tmp_path, tokens):
+    odd = ["a/b c.png", "ü.png", "\n.png", "..png", "a/..b/x"]
     writer = CacheWriter(tmp_path / "cache", META)
     writer.begin()
     for shard in range(META.num_shards):
         mine = list(writer.shard_range(shard))
-        writer.write_shard(shard, tokens[mine], LABELS[mine], [hostile[i] for i in mine])
-    writer.finish(hostile)
-    assert len(TokenCache(tmp_path / "cache")) == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+        writer.write_shard(shard, tokens[mine], LABELS[mine], [odd[i] for i in mine])
+    writer.finish(odd)
+    assert TokenCache(tmp_path / "cache").meta.unreadable == ()  # all were found again
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/passwd", "a\0b", "", 3, None, ["x"]])
+def test_name_that_leaves_the_folder_is_refused_by_writer_and_reader(tmp_path, tokens, name):
+    with pytest.raises(ValueError, match="a name that is no text|leaves its folder"):
+        CacheWriter(tmp_path / "new", META).write_shard(0, tokens[:2], LABELS[:2], ["x.png", name])
+    assert not (tmp_path / "new").exists()
+    folder = write_cache(tmp_path / "cache", tokens)
+    (folder / "shard-00001.names.json").write_text(json.dumps(["x.png", name]))
+    with pytest.raises(DamagedCache, match="shard-00001.names.json"):
+        CacheWriter(folder, META).finish(NAMES)
+    _edit_meta(folder, unreadable=[name])
+    with pytest.raises(ValueError, match="meta.json"):
+        TokenCache(folder)
 
 
 # Made by main_cache.
@@ -117,7 +155,7 @@ def test_both_views_are_the_tokenizers_own_tokens_of_the_image_and_its_mirror_im
     model = load_tokenizer(programs.tokenizer())
     image = load_image(folder.root / folder.names[8], SIZE)
     for view, pixels in ((0, image), (1, image[:, ::-1])):
-        expected = encode_views(model, [pixels.copy()], "cpu")[:, 0]
+        expected = encode_views(model, [pixels], torch.device("cpu"))[:, 0]
         assert np.array_equal(cache.tokens([8], [view]), expected)
     assert not np.array_equal(cache.tokens([8], [0]), cache.tokens([8], [1]))
 
@@ -192,6 +230,46 @@ def test_cache_of_something_else_is_refused_and_left_as_it_is(tmp_path, changes,
     outcome = call("cache", *cache_flags(tmp_path / "cache", **changes))
     refused(outcome, *words, "--cached_path", tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(programs.token_cache())
+
+
+def test_cache_in_bf16_says_so_and_how_many_tokens_differ(tmp_path):
+    outcome = finished(call("cache", *cache_flags(tmp_path / "cache"), "--bf16"))
+    told = re.search(r"bf16: (.*)% of the tokens of 18 images differ from those of fp32", outcome.out)
+    cache, whole = TokenCache(tmp_path / "cache"), TokenCache(programs.token_cache())
+    assert (cache.meta.precision, whole.meta.precision) == ("bf16", "fp32")
+    everything = np.arange(TRAIN).repeat(2), np.tile([0, 1], TRAIN)
+    differing = (cache.tokens(*everything) != whole.tokens(*everything)).mean()
+    assert 0 < differing < 0.2  # bf16 has 8 bits of mantissa; a broken encoder would differ in 63 of 64
+    assert float(told[1]) == pytest.approx(100 * differing, abs=0.006)  # printed with two decimals
+
+
+def test_cache_begun_in_another_precision_is_not_gone_on_with(tmp_path):
+    shutil.copytree(programs.token_cache(), tmp_path / "cache")
+    for name in ("meta.json", "shard-00002.labels.npy"):
+        (tmp_path / "cache" / name).unlink()
+    before = contents(tmp_path / "cache")
+    outcome = call("cache", *cache_flags(tmp_path / "cache"), "--bf16")
+    refused(outcome, "precision is fp32", "now it would be bf16", "--cached_path")
+    assert contents(tmp_path / "cache") == before
+
+
+def test_cache_from_before_precision_was_written_down_is_of_fp32(small_cache):
+    values = json.loads((small_cache / "meta.json").read_text())
+    del values["precision"]
+    (small_cache / "meta.json").write_text(json.dumps(values))
+    assert TokenCache(small_cache).meta.precision == "fp32"
+
+
+def test_disk_that_fails_while_a_shard_is_written_ends_the_run_by_name(tmp_path, monkeypatch):
+    """Shards are written beside the encoding: the error must come back from there."""
+
+    def full(self, shard, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"shard {shard}")
+
+    monkeypatch.setattr(CacheWriter, "write_shard", full)
+    outcome = call("cache", *cache_flags(tmp_path / "cache"))
+    assert outcome.status == 1 and "error: " in outcome.err and "No space left" in outcome.err
+    assert not (tmp_path / "cache/meta.json").exists()
 
 
 # Images that cannot be read.
@@ -303,9 +381,21 @@ def _save(path, array):
     np.save(path, array, allow_pickle=True)
 
 
+def _claim(path, images):
+    """The same file, whose header says so many images."""
+    with path.open("wb") as file:
+        header = {"descr": "<u2", "fortran_order": False, "shape": (images, 2, 4)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
 def _edit_meta(folder, **changes):
     values = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**values, **changes}))
+
+
+def _only_a_plan_of_absurdly_many(folder):
+    _edit_meta(folder, num_images=10**15)
+    (folder / "meta.json").rename(folder / "plan.json")
 
 
 DAMAGE = {
@@ -332,6 +422,16 @@ DAMAGE = {
     "meta with a number as text": (lambda f: _edit_meta(f, num_images="5"), "num_images"),
     "meta with a shard of nothing": (lambda f: _edit_meta(f, shard_size=0), "shard_size"),
     "meta without images": (lambda f: _edit_meta(f, num_images=0), "num_images"),
+    "meta nested without an end": (lambda f: (f / "meta.json").write_text("[" * 10**6), "meta.json"),
+    "meta of absurdly many images": (lambda f: _edit_meta(f, num_images=10**18), "num_images"),
+    "meta of absurdly many shards": (
+        lambda f: _edit_meta(f, num_images=10**9, shard_size=1), "1000000000 shards, at most 100000"),
+    "meta of more codes than tokens have bits": (lambda f: _edit_meta(f, vocab_size=65537), "vocab_size"),
+    "plan of absurdly many shards, no meta": (_only_a_plan_of_absurdly_many, "num_images"),
+    "tokens that claim more than there is": (
+        lambda f: _claim(f / "shard-00000.tokens.npy", 10**12), "it claims 16000000000000 bytes, it has 0"),
+    "tokens behind a header of gigabytes": (
+        lambda f: (f / "shard-00000.tokens.npy").write_bytes(b"\x93NUMPY\2\0" + b"\xff" * 9), "tokens.npy"),
     "meta without a field": (
         lambda f: (f / "meta.json").write_text('{"class_names": [], "unreadable": []}'), "meta.json"),
 }  # fmt: skip

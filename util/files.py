@@ -10,6 +10,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+MOST_JSON = 2**28
+
 
 def _umask():
     mask = os.umask(0)
@@ -52,14 +54,17 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value of a JSON file.
+    """The value of a JSON file of at most MOST_JSON bytes: as Python objects it takes many times its size.
 
     Raises:
         ValueError: naming the file.
     """
+    size = Path(path).stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{path}: {size} bytes of JSON, at most {MOST_JSON} are read")
     try:
         return json.loads(Path(path).read_text())
-    except ValueError as error:  # bytes that are no text, too
+    except (ValueError, RecursionError) as error:  # bytes that are no text, too
         raise ValueError(f"{path}: no readable JSON ({error})") from None
 
 

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Whatever the name says, PIL goes by the contents, and hands PostScript to a program that runs it.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 2**27  # of an image file, and of it resized: 134 million, 0.4 GB as bytes
 
 
 class UnreadableImage(Exception):
@@ -81,13 +84,26 @@ def load_image(path, size):
     """An image file, centre-cropped: uint8 [size, size, 3].
 
     Raises:
-        UnreadableImage: no image, cut short, or larger than PIL's limit on pixels.
+        UnreadableImage: no image of FORMATS, cut short, or of more than MOST_PIXELS as it is or, where it is
+            so narrow that it grows, resized.
     """
     try:
-        with Image.open(path) as image:
-            return center_crop(image.convert("RGB"), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: {error}") from None
+        with Image.open(path, formats=FORMATS) as image:
+            _check_pixels(image, size)
+            image = image.convert("RGB")
+    except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
+        raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
+    return center_crop(image, size)
+
+
+def _check_pixels(image, size):
+    short, long = sorted(image.size)
+    resized = size * max(size, size * long // max(1, short))
+    for what, pixels in (("has", short * long), (f"would have, its short side {size},", resized)):
+        if pixels > MOST_PIXELS:
+            raise ValueError(
+                f"{image.size[0]}x{image.size[1]}: {what} {pixels} pixels, the limit is {MOST_PIXELS}"
+            )
 
 
 def to_unit(images):

@@ -1,16 +1,21 @@
-"""Large arrays in `.npz` files, read and written without taking them into memory.
+"""Arrays in `.npz` files: mapped or read, and written part by part.
 
-Knows zip and npy layouts. Does not know what the arrays are. No pickles are read.
+Knows zip and npy layouts. Does not know what the arrays are. No pickles are read, and no size that a file
+claims is believed: memory is taken for what the file has, or for what it may inflate to within limits.
 """
 
+import os
 import zipfile
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 
 from util.files import atomic
 
 LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name
+SMALL = 2**26  # bytes that any array may inflate to
+PART = 2**24  # bytes read at a time
+MOST_INFLATION = 100  # times its compressed bytes that a larger one may; deflate's own limit is 1,032
 
 
 def open_array(path, key):
@@ -19,40 +24,117 @@ def open_array(path, key):
     Raises:
         ValueError: no such array, damaged, or one that claims more bytes than the file has.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(f"{key}.npy")
+    with _refusing(path, key), zipfile.ZipFile(path) as archive:
+        entry = _checked_entry(archive, key)
+        with archive.open(entry) as file:
+            shape, fortran, dtype = _checked_header(file, entry.file_size)
+            header = file.tell()
+            if entry.compress_type != zipfile.ZIP_STORED:
+                return _read_array(file, shape, fortran, dtype)
+        order = "F" if fortran else "C"
+        start = _data_start(archive, entry) + header
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order=order)
+
+
+def read_arrays(path, keys):
+    """dict of arrays of an `.npz`, read into memory.
+
+    Raises:
+        ValueError: as `open_array`.
+    """
+    arrays = {}
+    with _refusing(path, " or ".join(keys)), zipfile.ZipFile(path) as archive:
+        for key in keys:
+            entry = _checked_entry(archive, key)
             with archive.open(entry) as file:
-                shape, fortran, dtype = _read_header(file)
-                header = file.tell()
-        claimed = header + int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if dtype.hasobject or fortran or claimed != entry.file_size:
-            raise ValueError(f"{key} claims {claimed} bytes, it has {entry.file_size}")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays[key]
-        start = _data_start(path, entry)
-        if start + claimed > Path(path).stat().st_size:
-            raise ValueError(f"{key} ends behind the end of the file")
-        return np.memmap(path, dtype=dtype, mode="r", offset=start + header, shape=shape)
-    except KeyError:
-        raise ValueError(f"{path}: no array {key}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path}: no readable array {key} ({error})") from None
+                arrays[key] = _read_array(file, *_checked_header(file, entry.file_size))
+    return arrays
 
 
-def _read_header(file):
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+def array_names(path):
+    """The keys of an `.npz`.
+
+    Raises:
+        ValueError: no `.npz`.
+    """
+    with _refusing(path, "at all"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def _data_start(path, entry):
+def npy_header(file):
+    """(shape, whether in Fortran order, dtype) of an open `.npy`, of version 1: others can claim gigabytes
+    for the header itself, and no array without named fields needs them.
+
+    Raises:
+        ValueError: no such header, or one of objects.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("no .npy of version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} {list(shape)}")
+    return shape, fortran, dtype
+
+
+def claimed_bytes(shape, dtype):
+    """Bytes of an array, as an int that cannot overflow."""
+    return int(np.prod(shape, dtype=object)) * dtype.itemsize
+
+
+class _Missing(Exception):
+    """An array that is not there."""
+
+
+@contextmanager
+def _refusing(path, key):
+    """Inside it whatever damaged bytes lead to becomes a ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except _Missing as error:
+        raise ValueError(f"{path}: no array {error}") from None
+    except Exception as error:  # zip and npy headers fail in many ways; numpy reads one as Python
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: no readable array {key} ({reason})") from None
+
+
+def _checked_entry(archive, key):
+    """The zip entry of an array, whose sizes are possible."""
+    if f"{key}.npy" not in archive.NameToInfo:
+        raise _Missing(key)
+    entry = archive.getinfo(f"{key}.npy")
+    if _data_start(archive, entry) + entry.compress_size > os.fstat(archive.fp.fileno()).st_size:
+        raise ValueError(f"{key} ends behind the end of the file")
+    if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
+        raise ValueError(f"{key} claims {entry.file_size} bytes, it has {entry.compress_size}")
+    if entry.file_size > max(SMALL, MOST_INFLATION * entry.compress_size):
+        raise ValueError(f"{entry.compress_size} bytes claim to inflate to {entry.file_size}")
+    return entry
+
+
+def _checked_header(file, size):
+    """As `npy_header`, of an array that must fill the `size` bytes of its file."""
+    shape, fortran, dtype = npy_header(file)
+    claimed = file.tell() + claimed_bytes(shape, dtype)
+    if claimed != size:
+        raise ValueError(f"it claims {claimed} bytes, it has {size}")
+    return shape, fortran, dtype
+
+
+def _read_array(file, shape, fortran, dtype):
+    content = bytearray(claimed_bytes(shape, dtype))
+    for start in range(0, len(content), PART):
+        part = memoryview(content)[start : start + PART]
+        if file.readinto(part) != len(part):
+            raise EOFError("cut short")
+    return np.ndarray(shape, dtype, content, order="F" if fortran else "C")
+
+
+def _data_start(archive, entry):
     """Where a zip entry's bytes begin: behind its local header, whose extra field may differ in length."""
-    with Path(path).open("rb") as file:
-        file.seek(entry.header_offset + LOCAL_HEADER - 4)
-        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    archive.fp.seek(entry.header_offset + LOCAL_HEADER - 4)
+    name, extra = (int.from_bytes(archive.fp.read(2), "little") for _ in range(2))
     return entry.header_offset + LOCAL_HEADER + name + extra
 
 

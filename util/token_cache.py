@@ -9,19 +9,24 @@ Knows its format and the MAR-style folder of one `.npz` per image. Does not know
     shard-00003.names.json      relative image names [N]
 
 Image i of the sorted folder belongs to shard i // shard_size. `labels` is written last and marks its shard
-complete; every file has its final name only when it is whole. Names are never used as paths.
+complete; every file has its final name only when it is whole. Names are never used as paths, and one that
+would leave the image folder is refused all the same. What a file claims is checked before memory is taken.
 """
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from util.files import atomic, write_json
+from util.files import atomic, read_json, write_json
+from util.npz import claimed_bytes, npy_header, read_arrays
 
 FORMAT = 1
+# The most that a description may say; far beyond use, so that nothing runs for hours on a damaged number.
+MOST = {"img_size": 2**16, "grid_size": 2**10, "vocab_size": 2**16, "num_images": 2**32, "shard_size": 2**32}
+MOST_SHARDS = 10**5
 
 
 class DamagedCache(ValueError):
@@ -30,7 +35,8 @@ class DamagedCache(ValueError):
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What a token cache holds. `unreadable` names images left out because the user allowed it."""
+    """What a token cache holds. `precision` is what the images were encoded in: fp32, bf16, or unknown.
+    `unreadable` names images left out because the user allowed it."""
 
     img_size: int
     grid_size: int
@@ -40,6 +46,7 @@ class CacheMeta:
     num_images: int
     shard_size: int
     names_digest: str
+    precision: str = "fp32"
     unreadable: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -53,10 +60,20 @@ class CacheMeta:
         return -(-self.num_images // self.shard_size)
 
     def __post_init__(self):
-        for name in ("img_size", "grid_size", "vocab_size", "num_images", "shard_size"):
+        for name, most in MOST.items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, not {value!r:.40}")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an int in 1..{most}, not {value!r:.40}")
+        if self.num_shards > MOST_SHARDS:
+            raise ValueError(
+                f"{self.num_images} images in shards of shard_size {self.shard_size} are {self.num_shards} "
+                f"shards, at most {MOST_SHARDS} are read"
+            )
+        for name in ("tokenizer_digest", "names_digest", "precision"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, not {getattr(self, name)!r:.40}")
+        check_names(self.class_names)
+        check_names(self.unreadable)
 
     def as_json(self):
         """A dict of plain values, as written to disk."""
@@ -71,7 +88,7 @@ class CacheMeta:
             ValueError: not JSON, another format, or fields missing or unknown.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_json(path)
             meta = CacheMeta(**{**values, "class_names": tuple(values["class_names"]),
                                 "unreadable": tuple(values["unreadable"])})  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
@@ -79,6 +96,20 @@ class CacheMeta:
         if meta.format != FORMAT:
             raise ValueError(f"{path}: token cache of format {meta.format}, this program reads {FORMAT}")
         return meta
+
+
+def check_names(names):
+    """Refuse a list that is none of relative paths inside a folder.
+
+    Raises:
+        ValueError: with the first wrong one.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"a name that is no text: {name!r:.40}")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+            raise ValueError(f"the name {name!r:.60} leaves its folder")
 
 
 def names_digest(names):
@@ -129,7 +160,12 @@ class CacheWriter:
         return range(start, min(start + self.meta.shard_size, self.meta.num_images))
 
     def write_shard(self, shard, tokens, labels, names):
-        """Write tokens [N, 2, L], labels [N] and names [N] of a shard."""
+        """Write tokens [N, 2, L], labels [N] and names [N] of a shard.
+
+        Raises:
+            ValueError: a name that leaves the image folder.
+        """
+        check_names(names)
         write_json(_shard_file(self.folder, shard, "names.json"), list(names))
         for kind, array in (
             ("tokens.npy", tokens.astype(np.uint16)),
@@ -142,7 +178,7 @@ class CacheWriter:
         """Mark the cache complete. Of `names`, all that were to be cached, those not in it are listed."""
         stored = set()
         for shard in range(self.meta.num_shards):
-            stored.update(json.loads(_shard_file(self.folder, shard, "names.json").read_text()))
+            stored.update(_read_names(_shard_file(self.folder, shard, "names.json")))
         unreadable = sorted(set(names) - stored)
         write_json(self.folder / "meta.json", {**self.meta.as_json(), "unreadable": unreadable})
 
@@ -151,16 +187,30 @@ def _shard_file(folder, shard, kind):
     return Path(folder) / f"shard-{shard:05d}.{kind}"
 
 
+def _read_names(path):
+    names = read_json(path)
+    try:
+        if not isinstance(names, list):
+            raise ValueError(f"a {type(names).__name__} in place of a list of names")
+        check_names(names)
+    except ValueError as error:
+        raise DamagedCache(f"{path}: {error}") from None
+    return names
+
+
 def _load_array(path, dtype, shape_tail):
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: cut short or no array ({error})") from None
-    if array.dtype != dtype or array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
-        raise ValueError(
-            f"{path}: {array.dtype} {list(array.shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]"
-        )
-    return array
+        with Path(path).open("rb") as file:
+            shape, fortran, found = npy_header(file)
+            claimed, there = claimed_bytes(shape, found), os.fstat(file.fileno()).st_size - file.tell()
+            start = file.tell()
+    except Exception as error:  # numpy reads the header as Python, which fails in many ways
+        raise ValueError(f"{path}: cut short or no array ({str(error).splitlines()[0]})") from None
+    if found != dtype or fortran or shape[1:] != shape_tail or len(shape) != 1 + len(shape_tail):
+        raise ValueError(f"{path}: {found} {list(shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]")
+    if claimed != there:
+        raise ValueError(f"{path}: cut short or no array (it claims {claimed} bytes, it has {there})")
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
 
 
 class TokenCache:
@@ -192,6 +242,8 @@ class TokenCache:
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(self.meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
+        # Without numpy's memmap class, whose every slice costs more than the tokens of an image.
+        self._rows = [np.asarray(t).reshape(-1, self.meta.num_tokens) for t in self._tokens]
 
     def __len__(self):
         return len(self.labels)
@@ -199,16 +251,28 @@ class TokenCache:
     def tokens(self, indices, views):
         """Tokens of images, int64 [n, L]; view 1 is the mirrored image."""
         indices, views = np.asarray(indices), np.asarray(views)
-        out = np.empty((len(indices), self.meta.num_tokens), dtype=np.int64)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            mine = shards == shard
-            out[mine] = self._tokens[shard][indices[mine] - self._starts[shard], views[mine]]
-        if out.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
+        _check_range("index", indices, len(self))
+        _check_range("view", views, 2)
+        by_place = np.argsort(indices)  # the images of a shard come one after the other
+        shards = np.searchsorted(self._starts, indices[by_place], side="right") - 1
+        rows = 2 * (indices[by_place] - self._starts[shards]) + views[by_place]
+        stored = np.empty((len(indices), self.meta.num_tokens), dtype=np.uint16)
+        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            if start < end:  # "clip" takes straight into `out`; the ranges were checked above
+                self._rows[shards[start]].take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
+        if stored.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
             raise DamagedCache(
-                f"{self.folder}: token {out.max()}, meta.json says {self.meta.vocab_size} codes"
+                f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
             )
+        out = np.empty(stored.shape, dtype=np.int64)
+        out[by_place] = stored
         return out
+
+
+def _check_range(what, values, end):
+    if len(values) and not 0 <= values.min() <= values.max() < end:
+        raise IndexError(f"{what} {values.min()}..{values.max()} outside 0..{end - 1}")
 
 
 class MarCache:
@@ -238,10 +302,10 @@ class MarCache:
     @staticmethod
     def _load(path):
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                both = np.stack([arrays["indices"].reshape(-1), arrays["indices_flip"].reshape(-1)])
-                return both.astype(np.int64, casting="same_kind")
-        except Exception as error:  # zip and npy damage come as many types
+            arrays = read_arrays(path, ("indices", "indices_flip"))
+            both = np.stack([array.reshape(-1) for array in arrays.values()])
+            return both.astype(np.int64, casting="same_kind")
+        except (ValueError, TypeError) as error:  # a TypeError: of another kind than integers
             raise DamagedCache(f"{path}: no tokens of an image ({error})") from None
 
     def _read(self, path):
