@@ -1,8 +1,8 @@
 """Steps without a usable gradient: left out, counted, and the end of a run when they do not stop.
 
-Knows losses, gradient norms, optimizers and which images a step saw. Does not know models. The decision is the
-same on all processes, because a loss that is no number makes the averaged gradient none; and nothing waits for
-the device, if the optimizer is fused.
+Knows losses, gradient norms, optimizers and which images a step saw. Does not know models. All processes
+decide alike, because a loss that is no number makes the averaged gradient none; and nothing waits for the
+device, if the optimizer is fused.
 """
 
 from collections import deque

@@ -239,10 +239,10 @@ class Progress:
     def write(self, step, skipped):
         """Log the means; every process takes part. `skipped`: steps left out so far."""
         loss, used = (dist.all_sum(self.loss) / self.world.size).item(), int(self.used)
-        means = {"loss": round(loss / used, 5), "grad_norm": round(self.norm.item() / used, 4)} if used else {}
+        norm = self.norm.item()
         values = {
             "epoch": round(self.config.epoch(step), 4),
-            **means,
+            **({"loss": round(loss / used, 5), "grad_norm": round(norm / used, 4)} if used else {}),
             "lr": learning_rate(self.config, self.config.epoch(step - 1)),
             "images_per_s": round(
                 self.config.global_batch * self.count / (time.perf_counter() - self.start), 1
@@ -289,7 +289,10 @@ def train(
 
     micro_batches = iter(source.batches(plan()))
     progress, agreed = Progress(world, log, config), dist.Agreement()
-    with StopRequest() as request, tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2) as bar:
+    with (
+        StopRequest() as request,
+        tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2) as bar,
+    ):
         while state.step < steps:
             progress.add(*train_step(state, model, config, world, accum_iter, micro_batches))
             bar.update()
@@ -310,7 +313,7 @@ def train(
                 name = f"checkpoint-{math.floor(config.epoch(state.step))}.pth"
                 state.save(Path(output_dir) / name, config, info)
             if stop and not end:
-                dist.barrier()  # torchrun ends the others with the first that ends: the checkpoint comes first
+                dist.barrier()  # torchrun ends all with the first that ends: the checkpoint comes before
                 raise Stopped(stop, f"checkpoint-last.pth holds step {state.step} of {steps}")
             for function in calls:
                 with state.averaged():

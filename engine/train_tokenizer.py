@@ -158,9 +158,7 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
                 reconstruction, latents, codes, tokens = model(pixels)
             parts = losses(pixels, reconstruction, latents, codes, config.commitment)
             backward(sum(parts.values()))
-            state.guard.step(
-                state.optimizer, torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-            )
+            state.guard.step(state.optimizer, torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0))
             state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
             state.step += 1
             progress.update()
@@ -184,7 +182,7 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
             if state.step % save_every == 0 or end or stop:
                 state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
             if stop and not end:
-                dist.barrier()  # torchrun ends the others with the first that ends: the checkpoint comes first
+                dist.barrier()  # torchrun ends all with the first that ends: the checkpoint comes before
                 raise Stopped(stop, f"checkpoint-last.pth holds step {state.step} of {steps}")
     dist.barrier()
 

@@ -36,12 +36,12 @@ set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so th
     batch_size=$((per_gpu / accum_iter))
 }
 
-launch() { # launch FLAGS...: main_lpd.py under torchrun
+launch() { # launch FLAGS...: main_lpd.py (or PROGRAM) under torchrun
     local command=(
         "$python" "$repo/scripts/cli/agent.py"
         --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
-        "$repo/main_lpd.py" "$@"
+        "${PROGRAM:-$repo/main_lpd.py}" "$@"
     )
     if [[ ${DRY_RUN:-0} != 0 ]]; then
         printf '%q ' "${command[@]}"

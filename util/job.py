@@ -1,10 +1,11 @@
 """A command as a job: on each machine of a SLURM job, or here.
 
-Knows process groups, signals, attempts and the few variables of SLURM that say which machine this is. Does not
-know what the command does: only that it goes on where it was when it is started again, that SIGUSR2 asks it to
-end, and that exit status 2 means that trying again is no use.
+Knows process groups, signals, attempts and which machine of a job this is. Does not know what the command
+does: only that it goes on where it was when it is started again, that SIGUSR2 asks it to end, and that exit
+status 2 means that trying again is no use.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -35,10 +36,8 @@ def descendants(pid):
 
 def _signal(number, pids, send=os.kill):
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
             send(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def _ignore_user_signals():
@@ -156,7 +155,7 @@ class Job:
         port = 20000 + int(place.job_id) % 10000
         variables = self._variables(place.num_nodes, rank, place.hostnames[0], port)
         print(f"attempt {attempt}, machine {rank} of {place.num_nodes}: {' '.join(self.command)}", flush=True)
-        status, asked = run_command(self.command, variables, patience=max(1, self.grace - 10))
+        status, asked = run_command(self.command, variables, patience=self.grace - 5)
         if status == 0:
             if rank == 0:
                 write_json(Path(self.folder) / f"{place.job_id}_finished.json", {"attempt": attempt})

@@ -1,9 +1,9 @@
-"""torchrun for one machine, whose workers hear the signals it gets: `python agent.py TORCHRUN_FLAGS PROGRAM ...`
+"""torchrun for one machine, whose workers hear its signals: `python agent.py TORCHRUN_FLAGS PROGRAM ...`
 
-Knows torchrun and its workers. Does not know what they compute. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on
-to the workers, which have all the time they need to write a checkpoint (torchrun knows two of these, and kills after
-30 seconds). The exit status is that of the worker that failed first. A worker tells its error itself; this program
-tells of one that was killed.
+Knows torchrun and its workers. Does not know what they compute. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are
+passed on to the workers, which have all the time they need to write a checkpoint; torchrun passes on two of
+these, and kills after 30 seconds. The exit status is that of the worker that failed first. A worker tells its
+error itself; this program tells of one that was killed.
 """
 
 import contextlib

@@ -1,12 +1,12 @@
-"""Run a command as a SLURM job, through submitit: one torchrun agent per machine, queued again until it is done.
+"""Run a command as a SLURM job, through submitit, on each of its machines, queued again until it is done.
 
     python scripts/cli/run.py -J lpd_l_256 -p PARTITION -A ACCOUNT -N 4 bash scripts/train/lpd_l_256.sh
     python scripts/cli/run.py -J lpd_l_256 --local bash scripts/train/lpd_l_256.sh
     python scripts/cli/run.py status lpd_l_256          also cancel and logs; by name, run folder or number
 
-Knows flags, SLURM's settings and where a job's files are. What happens on a machine is util/job.py's. Each command
-gets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NGPU and OUTPUT_DIR, the run folder; logs are in its folder
-`jobs`.
+Knows flags, SLURM's settings and where a job's files are. What happens on a machine is util/job.py's. The
+command gets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NGPU and OUTPUT_DIR, the run folder, in whose folder
+`jobs` its logs are; scripts/common.sh makes one torchrun agent per machine of them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def minutes(text):
-    """A length of time as SLURM writes it -> minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. No upper limit."""
+    """A length of time as SLURM writes it, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S -> minutes; any length."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is none of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
@@ -67,10 +67,10 @@ def parse_args(argv=None):
     parser.add_argument("--constraint")
     parser.add_argument("--sbatch", type=setting, action="append", metavar="KEY=VALUE", help="any other flag")
     parser.add_argument(
-        "--grace", type=cli.number(int, 15), help="seconds to write a checkpoint in; default: 120, or 1/4 of --time"
+        "--grace", type=cli.number(int, 15), help="seconds for the checkpoint; default: 120, or 1/4 of --time"
     )
     parser.add_argument("--max-retry", type=cli.number(int, 0), default=0, help="attempts after failures")
-    parser.add_argument("--output-dir", metavar="DIR", help="run folder; default: $OUTPUT_DIR, output/JOB_NAME")
+    parser.add_argument("--output-dir", metavar="DIR", help="default: $OUTPUT_DIR, else output/JOB_NAME")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     parser.add_argument("--local", action="store_true", help="run here, now, without SLURM")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run")
@@ -78,7 +78,7 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """Refuse what can be seen to be wrong before anything is submitted; fill in what depends on other flags."""
+    """Refuse what is wrong before anything is submitted; fill in what depends on other flags."""
     if not re.fullmatch(r"[\w.+-]+", args.job_name):
         raise cli.UsageError(f"--job-name {args.job_name!r}: letters, digits and . _ + - only")
     if args.command[:1] == ["--"]:
@@ -143,8 +143,8 @@ def submit(args):
     executor.update_parameters(**sbatch_settings(args))
     try:
         job = executor.submit(job_of(args))
-    except submitit.core.utils.FailedJobError as error:  # what sbatch says
-        raise cli.Failure(str(error).strip().splitlines()[-1]) from None
+    except submitit.core.utils.FailedJobError:  # sbatch has said why
+        raise cli.Failure("sbatch refused the job: nothing was submitted") from None
     record = {"job_id": job.job_id, "job_name": args.job_name, "command": args.command}
     write_json(jobs / f"{job.job_id}_submitted.json", record)
     print(f"job {job.job_id} submitted; logs in {jobs}")
@@ -174,7 +174,7 @@ def status(jobs, job_id):
         state = "COMPLETED" if finished else "FAILED" if failures else "UNKNOWN"
     print(f"job {job_id}: {state}")
     for record in failures:
-        print(f"attempt {record['attempt']} on {record['machine']}: exit status {record['status']}: {record['error']}")
+        print("attempt {attempt} on {machine}: exit status {status}: {error}".format(**record))
     print(f"logs in {jobs}")
 
 
@@ -207,7 +207,8 @@ def main(argv=None):
     if args.dry_run:
         job = job_of(args)
         settings = {} if args.local else sbatch_settings(args)
-        print(json.dumps({"sbatch": settings, "environment": job.environment, "command": job.command}, indent=2))
+        shown = {"sbatch": settings, "environment": job.environment, "max_retry": job.max_retry}
+        print(json.dumps({**shown, "command": job.command}, indent=2))
     elif args.local:
         (args.output_dir / "jobs").mkdir(parents=True, exist_ok=True)
         sys.exit(job_of(args).run_here())

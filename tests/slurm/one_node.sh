@@ -12,7 +12,7 @@ port=${PORT:-6817}
 export SLURM_CONF=$dir/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
 stop() {
-    if [[ -s $SLURM_CONF ]]; then scancel --state=PENDING,RUNNING --user="$(id -un)" || true; fi
+    if [[ -s $SLURM_CONF ]]; then scancel --user="$(id -un)" || true; fi
     local daemon pid
     for daemon in slurmd slurmctld munged; do
         pid=$(cat "$dir/$daemon.pid" 2>/dev/null) || continue
