@@ -96,16 +96,17 @@ def main(argv=None):
         if world.is_main:
             print(f"{args.cached_path} is complete already: {meta.num_images} images")
         return dist.finish()
-    if world.is_main:
-        writer.begin()
-    dist.barrier()
-    tokenizer = prepared(tokenizer, folder, args.img_size, world, bf16=args.bf16)
-    errors = encode_shards(
-        writer, tokenizer, folder, world, batch_size=args.batch_size, num_workers=args.num_workers,
-        skip_unreadable=args.skip_unreadable,
-    )  # fmt: skip
-    if world.is_main:
-        report(writer, folder, errors, args.skip_unreadable)
+    with cli.sole_writer("--cached_path", args.cached_path, world):
+        if world.is_main:
+            writer.begin()
+        dist.barrier()
+        tokenizer = prepared(tokenizer, folder, args.img_size, world, bf16=args.bf16)
+        errors = encode_shards(
+            writer, tokenizer, folder, world, batch_size=args.batch_size, num_workers=args.num_workers,
+            skip_unreadable=args.skip_unreadable,
+        )  # fmt: skip
+        if world.is_main:
+            report(writer, folder, errors, args.skip_unreadable)
     dist.finish()
     if errors:
         sys.exit(1)

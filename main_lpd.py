@@ -20,10 +20,11 @@ from engine.checkpoint import load_lpd, load_tokenizer, start_from, state_digest
 from engine.evaluate import Evaluation, EvaluationFailed, Judge, Keep
 from engine.features import EXTRACTORS, make_extractor
 from engine.generate import generate_images
+from engine.guard import LossNotFinite
 from engine.metrics import load_statistics
 from engine.settings import resolve_settings
 from engine.sweep import best_setting, plot_sweep, setting_key, summarise, table, write_csv
-from engine.train import CachedTokens, EncodedImages, LossNotFinite, TrainConfig, new_state, train
+from engine.train import CachedTokens, EncodedImages, TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import ORDER_KINDS
 from orders.schedule import cosine_group_sizes, training_steps
@@ -360,12 +361,13 @@ def online_evaluation(args, tokenizer, config, world):
 def run_training(args, world):
     with cli.checking():
         state, config, source, info, hooks = prepare_training(args, world)
-    log = make_log(args, config, state.step) if world.is_main else None
-    train(
-        state, config, source, args.output_dir, world, log, info, accum_iter=args.accum_iter,
-        log_every=args.log_every, save_last_freq=args.save_last_freq,
-        save_intermediate_freq=args.save_intermediate_freq, hooks=hooks,
-    )  # fmt: skip
+    with cli.sole_writer("--output_dir", args.output_dir, world):
+        log = make_log(args, config, state.step) if world.is_main else None
+        train(
+            state, config, source, args.output_dir, world, log, info, accum_iter=args.accum_iter,
+            log_every=args.log_every, save_last_freq=args.save_last_freq,
+            save_intermediate_freq=args.save_intermediate_freq, hooks=hooks,
+        )  # fmt: skip
     if world.is_main:
         lines = [line for line in read_metrics(args.output_dir) if "loss" in line]
         curve = [line["epoch"] for line in lines], [line["loss"] for line in lines]
@@ -421,13 +423,14 @@ def run_evaluation(args, world):
         model, tokenizer, evaluations = prepare_evaluations(args, world)
         first = evaluations(args.num_images)
         final = evaluations(args.final_images) if args.final_images else []
-    results = [evaluation.run(model, tokenizer, world) for evaluation in first]
-    if final:
-        best = dist.gather_objects(best_setting(results) if world.is_main else None)[0]
-        chosen = [evaluation for evaluation in final if setting_key(evaluation.protocol) == best]
-        results += [evaluation.run(model, tokenizer, world) for evaluation in chosen]
-    if world.is_main:
-        report(args, results)
+    with cli.sole_writer("--output_dir", args.output_dir, world):
+        results = [evaluation.run(model, tokenizer, world) for evaluation in first]
+        if final:
+            best = dist.gather_objects(best_setting(results) if world.is_main else None)[0]
+            chosen = [evaluation for evaluation in final if setting_key(evaluation.protocol) == best]
+            results += [evaluation.run(model, tokenizer, world) for evaluation in chosen]
+        if world.is_main:
+            report(args, results)
 
 
 def report(args, results):

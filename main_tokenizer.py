@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from engine.checkpoint import save_weights
+from engine.guard import LossNotFinite
 from engine.train_tokenizer import TokenizerTrainConfig, evaluate_tokenizer, new_state, train_tokenizer
 from models.vqgan import VQConfig
 from util import cli, dist, pictures
@@ -64,20 +65,29 @@ def main(argv=None):
         state = new_state(config, world.device)
         if (output_dir / "checkpoint-last.pth").exists():
             state.load(output_dir / "checkpoint-last.pth", config, world)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(
-        state, config, folder, output_dir, world, num_workers=args.num_workers, save_every=args.save_every
-    )
-    if world.is_main:
-        report, sheet = evaluate_tokenizer(
-            state.model, held_out, args.img_size, world.device, num_workers=args.num_workers
-        )
-        report |= {"data": str(Path(args.data_path).name), "img_size": args.img_size, "steps": state.step}
-        pictures.save_png(output_dir / "reconstructions.png", sheet)
-        save_weights(output_dir / "tokenizer.safetensors", state.model, report=report)
-        write_json(output_dir / "report.json", report)
-        print(json.dumps(report))
+    with cli.sole_writer("--output_dir", output_dir, world):
+        try:
+            train_tokenizer(
+                state, config, folder, output_dir, world, num_workers=args.num_workers,
+                save_every=args.save_every,
+            )  # fmt: skip
+        except LossNotFinite as error:
+            raise cli.Failure(error) from None
+        if world.is_main:
+            write_results(args, state, held_out, output_dir, world)
     dist.finish()
+
+
+def write_results(args, state, held_out, output_dir, world):
+    """The weights, and how well they reconstruct images that were held out."""
+    report, sheet = evaluate_tokenizer(
+        state.model, held_out, args.img_size, world.device, num_workers=args.num_workers
+    )
+    report |= {"data": str(Path(args.data_path).name), "img_size": args.img_size, "steps": state.step}
+    pictures.save_png(output_dir / "reconstructions.png", sheet)
+    save_weights(output_dir / "tokenizer.safetensors", state.model, report=report)
+    write_json(output_dir / "report.json", report)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

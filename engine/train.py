@@ -8,7 +8,7 @@ resumed run repeats an uninterrupted one bit for bit.
 import math
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
 from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint, save_weights
+from engine.guard import Guard, backward, check_weights, give_up
 from models.lpd import LPD, LPDConfig, lpd_loss
 from util import dist
 from util.images import image_loader, readable_pixels, to_unit
+from util.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: dict
     step: int = 0
+    guard: Guard = field(default_factory=Guard)
 
     def save(self, path, config, info):
         """Write a checkpoint; `info` says what the model was trained on."""
         save_checkpoint(path, {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
-            "step": self.step, "train_config": asdict(config),
+            "step": self.step, "skipped": int(self.guard.skipped), "train_config": asdict(config),
             "info": {**info, "config": asdict(config.model)},
         })  # fmt: skip
 
@@ -96,7 +99,7 @@ class TrainState:
         check_same_config(path, checkpoint["train_config"], asdict(config))
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step = checkpoint["step"]
+        self.step, self.guard.skipped = checkpoint["step"], checkpoint.get("skipped", 0)
         for name, tensor in checkpoint["ema"].items():
             self.ema[name].copy_(tensor)
 
@@ -181,7 +184,7 @@ def draw_step(config, step):
 
 
 def train_step(state, model, config, world, accum_iter, micro_batches):
-    """One optimizer step.
+    """One optimizer step, or none where the loss or its gradient is no number.
 
     Args:
         model: `state.model`, or what wraps it. micro_batches: iterator of (tokens, labels).
@@ -199,14 +202,13 @@ def train_step(state, model, config, world, accum_iter, micro_batches):
         with nullcontext() if last or model is state.model else model.no_sync():
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
                 loss = lpd_loss(model(tokens, labels, order, draws.group_sizes), tokens, order) / accum_iter
-            loss.backward()
+            backward(loss)
         total += loss.detach()
     clip = config.grad_clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), clip)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, config.epoch(state.step))
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.guard.step(state.optimizer, norm)
     state.step += 1
     if state.ema:
         weights = state.model.state_dict()
@@ -214,13 +216,10 @@ def train_step(state, model, config, world, accum_iter, micro_batches):
     return total, norm
 
 
-class LossNotFinite(Exception):
-    """Training met a loss or a gradient that is no number."""
-
-
 @dataclass
 class Progress:
-    """The running means between two lines of the log; nothing waits for the device in between."""
+    """The running means between two lines of the log, over the steps that were not skipped; nothing waits for
+    the device in between."""
 
     world: dist.World
     log: object  # MetricsLog, or None on all processes but the first
@@ -230,32 +229,26 @@ class Progress:
         self._reset()
 
     def _reset(self):
-        self.loss, self.norm, self.count, self.start = 0.0, 0.0, 0, time.perf_counter()
+        self.loss, self.norm, self.used, self.count, self.start = 0.0, 0.0, 0, 0, time.perf_counter()
 
     def add(self, loss, norm):
-        self.loss, self.norm, self.count = self.loss + loss, self.norm + norm, self.count + 1
+        used = norm.isfinite()
+        self.loss, self.norm = self.loss + loss.where(used, 0), self.norm + norm.where(used, 0)
+        self.used, self.count = self.used + used, self.count + 1
 
-    def write(self, step):
-        """Log the means; every process takes part.
-
-        Raises:
-            LossNotFinite: naming the steps among which it happened.
-        """
-        loss = (dist.all_sum(self.loss) / self.world.size / self.count).item()
+    def write(self, step, skipped):
+        """Log the means; every process takes part. `skipped`: steps left out so far."""
+        loss, used = (dist.all_sum(self.loss) / self.world.size).item(), int(self.used)
+        norm = self.norm.item()
         values = {
             "epoch": round(self.config.epoch(step), 4),
-            "loss": round(loss, 5),
-            "grad_norm": round(self.norm.item() / self.count, 4),
+            **({"loss": round(loss / used, 5), "grad_norm": round(norm / used, 4)} if used else {}),
             "lr": learning_rate(self.config, self.config.epoch(step - 1)),
             "images_per_s": round(
                 self.config.global_batch * self.count / (time.perf_counter() - self.start), 1
             ),
+            "skipped": int(skipped),
         }
-        if not math.isfinite(loss) or not math.isfinite(values["grad_norm"]):
-            raise LossNotFinite(
-                f"loss {loss}, gradient norm {values['grad_norm']} in steps {step - self.count + 1}..{step} "
-                f"(seed {self.config.seed})"
-            )
         if self.log:
             self.log.write(step, **values)
         self._reset()
@@ -274,6 +267,9 @@ def train(
             epochs done); 0 is never, but the end is always saved.
         hooks: (epochs, function) pairs; the function is called on every process with the state, whose model
             is in eval mode and has the averaged weights if there are any, and the log.
+    Raises:
+        Stopped: a signal asked for it; checkpoint-last.pth holds the last step.
+        LossNotFinite: ten steps in a row had no usable gradient, or the weights are no numbers.
     """
     steps, first = config.num_steps, state.step
     model = DistributedDataParallel(state.model, broadcast_buffers=False) if world.size > 1 else state.model
@@ -292,28 +288,54 @@ def train(
         )
 
     micro_batches = iter(source.batches(plan()))
-    progress = Progress(world, log, config)
-    with tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2) as bar:
+    progress, agreed = Progress(world, log, config), dist.Agreement()
+    with (
+        StopRequest() as request,
+        tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=2) as bar,
+    ):
         while state.step < steps:
             progress.add(*train_step(state, model, config, world, accum_iter, micro_batches))
             bar.update()
-            end = state.step == steps
-            save_last, save_intermediate = due(save_last_freq) or end, due(save_intermediate_freq)
-            # Before every checkpoint too: one that is sound must not be replaced by weights that are not.
+            end, stop = state.step == steps, agreed(request.number)
+            if bad := state.guard.bad_row(state.step, end=end):
+                give_up_on(config, bad, output_dir, world, accum_iter)
+            calls = [function for every, function in hooks if due(every) or (end and every > 0)]
+            # Before the hooks too, which take long: what they end with is not worth the steps before.
+            save_last = due(save_last_freq) or end or stop or calls
+            save_intermediate = due(save_intermediate_freq)
             if state.step % log_every == 0 or save_last or save_intermediate:
-                bar.set_postfix(progress.write(state.step))
+                bar.set_postfix(progress.write(state.step, state.guard.skipped))
+            if save_last or save_intermediate:
+                check_weights(state.model)
             if world.is_main and save_last:
                 state.save(Path(output_dir) / "checkpoint-last.pth", config, info)
             if world.is_main and save_intermediate:
                 name = f"checkpoint-{math.floor(config.epoch(state.step))}.pth"
                 state.save(Path(output_dir) / name, config, info)
-            for every, function in hooks:
-                if due(every) or (end and every > 0):
-                    with state.averaged():
-                        function(state, log)
+            if stop and not end:
+                dist.barrier()  # torchrun ends all with the first that ends: the checkpoint comes before
+                raise Stopped(stop, f"checkpoint-last.pth holds step {state.step} of {steps}")
+            for function in calls:
+                with state.averaged():
+                    function(state, log)
     if world.is_main:
         export(state, config, output_dir, info)
     dist.barrier()
+
+
+def give_up_on(config, steps, output_dir, world, accum_iter):
+    """End a run at steps (numbers from 0) without a usable gradient, and write down what was in them."""
+
+    def facts(step):
+        return {
+            "group_sizes": draw_step(config, step).group_sizes,
+            "lr": learning_rate(config, config.epoch(step)),
+        }
+
+    give_up(
+        steps, output_dir, world, num_images=config.num_images, seed=config.seed,
+        global_batch=config.global_batch, accum_iter=accum_iter, facts=facts,
+    )  # fmt: skip
 
 
 def export(state, config, output_dir, info):

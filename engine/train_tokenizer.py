@@ -4,7 +4,7 @@ Knows pixels, the reconstruction and codebook losses, and the revival of dead co
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
 from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint
+from engine.guard import Guard, backward, check_weights, give_up
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
 from util.logging import MetricsLog
+from util.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,22 @@ class TokenizerState:
     optimizer: torch.optim.Optimizer
     code_use: torch.Tensor  # [V] how often this process used each code since the last revival
     step: int = 0
+    guard: Guard = field(default_factory=Guard)
 
     def save(self, path, config, world):
-        """Write a checkpoint; every process takes part."""
+        """Write a checkpoint; every process takes part.
+
+        Raises:
+            LossNotFinite: the weights are no numbers.
+        """
+        check_weights(self.model)
         code_use = dist.all_sum(self.code_use.clone())
         if not world.is_main:
             return
         save_checkpoint(path, {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "code_use": code_use, "step": self.step, "train_config": asdict(config),
+            "code_use": code_use, "step": self.step, "skipped": int(self.guard.skipped),
+            "train_config": asdict(config),
             "info": {"config": asdict(config.model)},
         })  # fmt: skip
 
@@ -71,7 +80,7 @@ class TokenizerState:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if world.is_main:  # the sum over all processes is summed again at the next revival
             self.code_use.copy_(checkpoint["code_use"])
-        self.step = checkpoint["step"]
+        self.step, self.guard.skipped = checkpoint["step"], checkpoint.get("skipped", 0)
 
 
 def new_state(config, device):
@@ -115,12 +124,18 @@ def revive_dead_codes(state, latents, seed):
     generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
     picked = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
     weight = state.model.quantize.embedding.weight
-    weight.copy_(torch.where(dead[:, None], latents[picked], weight))
+    usable = dead & latents[picked].isfinite().all(dim=1)
+    weight.copy_(torch.where(usable[:, None], latents[picked], weight))
     state.code_use.zero_()
 
 
 def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, save_every=500, log_every=50):
-    """Train from `state.step` to the end; checkpoints and `metrics.jsonl` go to `output_dir`."""
+    """Train from `state.step` to the end; checkpoints and `metrics.jsonl` go to `output_dir`.
+
+    Raises:
+        Stopped: a signal asked for it; checkpoint-last.pth holds the last step.
+        LossNotFinite: ten steps in a row had no usable gradient, or the weights are no numbers.
+    """
     steps, first = num_steps(len(folder), config.epochs, config.batch_size), state.step
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
@@ -131,7 +146,10 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
             parts = step_images(len(folder), config.seed, config.batch_size, step)
             yield [own_part(part, world.rank, world.size, 1)[0].tolist() for part in parts]
 
-    with tqdm(total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=5) as progress:
+    agreed = dist.Agreement()
+    with StopRequest() as request, tqdm(
+        total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=5
+    ) as progress:  # fmt: skip
         for items in image_loader(folder, config.img_size, plan(), num_workers):
             pixels = to_unit(readable_pixels(items)[1]).to(world.device)
             for group in state.optimizer.param_groups:
@@ -139,23 +157,33 @@ def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, 
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
                 reconstruction, latents, codes, tokens = model(pixels)
             parts = losses(pixels, reconstruction, latents, codes, config.commitment)
-            sum(parts.values()).backward()
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            backward(sum(parts.values()))
+            state.guard.step(state.optimizer, torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0))
             state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
             state.step += 1
             progress.update()
+            end, stop = state.step == steps, agreed(request.number)
+            if bad := state.guard.bad_row(state.step, end=end):
+                give_up(
+                    bad, output_dir, world, num_images=len(folder), seed=config.seed,
+                    global_batch=config.batch_size,
+                )  # fmt: skip
             if state.step % log_every == 0 and log:
                 values = {name: round(value.item(), 5) for name, value in parts.items()}
                 used = round((state.code_use > 0).float().mean().item(), 4)  # share, since the last revival
-                log.write(state.step, **values, codebook_use=used, lr=state.optimizer.param_groups[0]["lr"])
+                log.write(
+                    state.step, **values, codebook_use=used, lr=state.optimizer.param_groups[0]["lr"],
+                    skipped=int(state.guard.skipped),
+                )  # fmt: skip
                 progress.set_postfix(values)
             # Late in training the codes must stay where the decoder expects them.
             if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
                 revive_dead_codes(state, latents, config.seed)
-            if state.step % save_every == 0 or state.step == steps:
+            if state.step % save_every == 0 or end or stop:
                 state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
+            if stop and not end:
+                dist.barrier()  # torchrun ends all with the first that ends: the checkpoint comes before
+                raise Stopped(stop, f"checkpoint-last.pth holds step {state.step} of {steps}")
     dist.barrier()
 
 

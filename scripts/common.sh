@@ -1,20 +1,16 @@
-# Shared by the scripts of this folder: `source` it. Knows how to find Python, check what the environment
-# must name, and start main_lpd.py under torchrun; the numbers of each experiment are in the scripts.
+# Shared by the scripts of this folder: `source` it. Knows how to check what the environment must name, and
+# start main_lpd.py under torchrun; the numbers of each experiment are in the scripts, Python and the machines
+# in setups/environment.sh.
 #
-# One machine by default, on all of its GPUs. Several: NNODES, NODE_RANK and MASTER_ADDR on each of them.
-# NGPU: processes per machine. MAX_BATCH_PER_GPU: split larger batches into accumulated ones.
+# MAX_BATCH_PER_GPU: split larger batches into accumulated ones.
 # DRY_RUN=1: check, print the command and stop.
-
-repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-# The Python that environment_setup.sh made in .venv; where there is none, that of the active environment.
-python=$repo/.venv/bin/python
-[[ -x $python ]] || python=python3
 
 usage_error() {
     echo "error: $*" >&2
     exit 2
 }
+
+source "$(dirname "${BASH_SOURCE[0]}")/setups/environment.sh"
 
 require_set() { # require_set NAME WHAT: the environment names it
     [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2"
@@ -29,20 +25,6 @@ require_count() { # require_count NAME: a whole number from 1
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || usage_error "$1=${!1} is not a whole number of at least 1"
 }
 
-set_processes() {
-    NNODES=${NNODES:-1}
-    require_count NNODES
-    if ((NNODES > 1)); then
-        require_set MASTER_ADDR "with NNODES=$NNODES, the address of the first machine"
-        require_set NODE_RANK "with NNODES=$NNODES, this machine's number from 0"
-    fi
-    if [[ -z ${NGPU:-} ]]; then
-        NGPU=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
-            usage_error "NGPU is not set and $python cannot count the GPUs"
-    fi
-    require_count NGPU
-}
-
 set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so that their product is GLOBAL
     local gpus=$((NGPU * NNODES)) per_gpu
     per_gpu=$(($1 / gpus))
@@ -54,12 +36,12 @@ set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so th
     batch_size=$((per_gpu / accum_iter))
 }
 
-launch() { # launch FLAGS...: main_lpd.py under torchrun
+launch() { # launch FLAGS...: main_lpd.py (or PROGRAM) under torchrun
     local command=(
-        "$python" -m torch.distributed.run # what `torchrun` calls; this also works where .venv was moved
-        --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
-        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"
-        "$repo/main_lpd.py" "$@"
+        "$python" "$repo/scripts/cli/agent.py"
+        --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+        "${PROGRAM:-$repo/main_lpd.py}" "$@"
     )
     if [[ ${DRY_RUN:-0} != 0 ]]; then
         printf '%q ' "${command[@]}"

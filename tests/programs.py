@@ -6,6 +6,7 @@ read it, never write to it.
 """
 
 import contextlib
+import gzip
 import hashlib
 import importlib
 import io
@@ -19,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -53,11 +55,15 @@ class Outcome:
 
 def call(program, *argv):
     """Run main_PROGRAM in this process as its command line would."""
-    module = importlib.import_module(f"main_{program}")
+    return call_main(importlib.import_module(f"main_{program}").main, *argv)
+
+
+def call_main(main, *argv):
+    """Run a program's `main` in this process as its command line would."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: module.main([str(word) for word in argv]))
+            cli.run(lambda: main([str(word) for word in argv]))
         except SystemExit as end:
             status = end.code or 0
     return Outcome(status, out.getvalue(), err.getvalue())
@@ -91,14 +97,18 @@ def start(program, *argv, cwd=None):
     return python(REPO / f"main_{program}.py", *argv, cwd=cwd)
 
 
-def torchrun(processes, program, *argv):
-    """Run main_PROGRAM.py under torchrun on the CPU."""
+def free_port():
+    """A port of this machine that nobody listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def torchrun(processes, program, *argv):
+    """Run main_PROGRAM.py under torchrun on the CPU."""
     return python(
         "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_addr", "127.0.0.1",
-        "--master_port", port, REPO / f"main_{program}.py", *argv,
+        "--master_port", free_port(), REPO / f"main_{program}.py", *argv,
     )  # fmt: skip
 
 
@@ -134,6 +144,23 @@ def write_images(root, per_class, first_seed=0):
             wide = SIZE + 9 if i == 0 else SIZE
             image = Image.fromarray(draw(label, first_seed + i, width=wide))
             (image.convert("L") if i == 1 else image).save(root / name / f"{i}.png")
+    return root
+
+
+def fashion_mnist(root, count):
+    """The first so many training images of Fashion-MNIST, 32x32, as an image folder; skips the test where the
+    Debian package is not."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.is_dir():
+        pytest.skip(f"no Fashion-MNIST here: {folder} is Debian's package dataset-fashion-mnist")
+    with gzip.open(folder / "train-images-idx3-ubyte.gz") as images:
+        pixels = np.frombuffer(images.read(16 + count * 784)[16:], np.uint8).reshape(count, 28, 28)
+    with gzip.open(folder / "train-labels-idx1-ubyte.gz") as labels:
+        classes = labels.read(8 + count)[8:]
+    for i, (image, label) in enumerate(zip(pixels, classes, strict=True)):
+        path = root / str(label) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.pad(image, 2)).save(path)
     return root
 
 

@@ -7,10 +7,12 @@ programs do. Exit status 2: wrong usage (flags or the files they name); 1: failu
 import argparse
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from util import dist, files
 from util.images import UnreadableImage
+from util.signals import Stopped
 from util.token_cache import DamagedCache
 
 
@@ -155,18 +157,39 @@ def checking():
         raise UsageError(error) from error
 
 
+@contextmanager
+def sole_writer(flag, folder, world):
+    """Inside it this run alone writes into the folder that a flag names; a second run is refused."""
+    with ExitStack() as stack:
+        if world.is_main:
+            try:
+                stack.enter_context(files.sole_writer(folder))
+            except files.FolderInUse as error:
+                raise UsageError(f"{flag}: {error}") from None
+        yield
+
+
 def run(main):
     """Run a program's `main()`; end the process with the exit status of its errors, without a traceback
-    for a user's mistake or a failing disk."""
+    for a user's mistake or a failing disk. Of several processes the first to fail tells why. A run that a
+    signal stopped in good order ends with 128 and the signal's number."""
     try:
         main()
-    except (UsageError, Failure, UnreadableImage, DamagedCache, OSError) as error:
-        # All processes find the same fault in the flags: one tells it. What fails later may do so in any one.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UsageError):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        told = isinstance(error, (UsageError, Failure, UnreadableImage, DamagedCache, OSError))
+        first, echo = dist.first_to_fail(error), dist.is_echo(error)
+        if first and not (told or echo):
+            raise
+        if first:
+            reason = f"another process is gone ({str(error).splitlines()[0]})" if echo else error
+            print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def check_tokenizer_flags(args, config):

@@ -5,6 +5,7 @@ works alike for one process without torchrun.
 """
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def init(device_name="auto"):
     if "RANK" not in os.environ:
         return World(0, 1, device)
     if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # With a GPU too, numbers in the memory of the host go by gloo: nothing waits for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
@@ -81,6 +83,28 @@ def all_sum(tensor):
     return tensor
 
 
+class Agreement:
+    """Tells all processes what one of them says, a call later: what is under way meanwhile is not held up.
+
+    Each process calls it equally often with a whole number; it returns the largest of the call before, the
+    same on all (0 in the first call). A single process is told its own number at once.
+    """
+
+    def __init__(self):
+        self._pending = None
+
+    def __call__(self, number):
+        if not torch.distributed.is_initialized():
+            return number
+        before, largest = self._pending, torch.tensor(number)
+        work = torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending = work, largest
+        if before is None:
+            return 0
+        before[0].wait()
+        return before[1].item()
+
+
 def gather_objects(value):
     """The list of every process's value, by rank."""
     if not torch.distributed.is_initialized():
@@ -94,6 +118,51 @@ def tell(message):
     """Print a line to stderr, once among all processes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def is_echo(error):
+    """Whether an error only says that another process is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+def first_to_fail(error):
+    """Whether this process is the one, among those of torchrun, to tell of a failure; each asks once.
+
+    Who only hears that another is gone gives that one, and torchrun, which then ends this process, ten
+    seconds to speak first.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    if is_echo(error):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = torch.distributed.TCPStore(address, port, timeout=timedelta(seconds=5))
+        first = store.add("lpd/failures", 1) == 1
+    except RuntimeError:  # with the first machine its store is gone: better told twice than not at all
+        return True
+    if not first:
+        time.sleep(1)  # torchrun ends the others with this process: the first must have spoken
+    return first
+
+
+class Later:
+    """A number on a device, fetched without waiting for it; `get()` waits for what is not there yet. The
+    tensor must not be written to meanwhile."""
+
+    def __init__(self, tensor):
+        self._value, self._event = tensor.to("cpu", non_blocking=tensor.is_cuda), None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self):
+        if self._event:
+            self._event.synchronize()
+        return self._value.item()
 
 
 def synchronize(device):

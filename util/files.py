@@ -1,12 +1,15 @@
 """Files that are whole or not there.
 
-Knows temporary names, renames, and digests of files. Does not know what is written.
+Knows temporary names, renames, digests of files, and who may write. Does not know what is written.
 """
 
+import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +48,42 @@ def atomic(path):
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+class FolderInUse(ValueError):
+    """Another program writes into this folder; the message names both."""
+
+
+@contextmanager
+def sole_writer(folder):
+    """Inside it no other program that asks so may write into `folder`, which is made where it is not.
+
+    The kernel holds the lock and gives it back however this process ends. Machines that share the folder
+    share the lock too, where its file system has POSIX locks: NFS does, Lustre with the mount option `flock`;
+    where it has none, or keeps them to each machine (`localflock`), only one's own machine is guarded, or
+    none.
+
+    Raises:
+        FolderInUse: another one does; the message names it.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise FolderInUse(f"{folder} is in use by {file.read().strip() or 'another program'}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def write_json(path, value):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from util.signals import leave_to_parent
+
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Whatever the name says, PIL goes by the contents, and hands PostScript to a program that runs it.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -143,7 +145,7 @@ def image_loader(folder, size, batches, num_workers):
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
     return torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
-        generator=torch.Generator(),
+        generator=torch.Generator(), worker_init_fn=leave_to_parent,
     )  # fmt: skip
 
 

@@ -1,0 +1,220 @@
+"""Run a command as a SLURM job, through submitit, on each of its machines, queued again until it is done.
+
+    python scripts/cli/run.py -J lpd_l_256 -p PARTITION -A ACCOUNT -N 4 bash scripts/train/lpd_l_256.sh
+    python scripts/cli/run.py -J lpd_l_256 --local bash scripts/train/lpd_l_256.sh
+    python scripts/cli/run.py status lpd_l_256          also cancel and logs; by name, run folder or number
+
+Knows flags, SLURM's settings and where a job's files are. What happens on a machine is util/job.py's. The
+command gets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NGPU and OUTPUT_DIR, the run folder, in whose folder
+`jobs` its logs are; scripts/common.sh makes one torchrun agent per machine of them.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(REPO)  # imports start from the repository's root, not from this folder
+
+from util import cli  # noqa: E402
+from util.files import read_json, write_json  # noqa: E402
+from util.job import Job, slurm_state  # noqa: E402
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+def minutes(text):
+    """A length of time as SLURM writes it, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S -> minutes; any length."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
+    days, *rest = (None if part is None else int(part) for part in match.groups())
+    parts = [part for part in rest if part is not None]
+    if days is None and len(parts) < 3:
+        parts.insert(0, 0)  # M and M:S have no hours
+    hours, mins, seconds = (parts + [0, 0])[:3]
+    total = -(-((((days or 0) * 24 + hours) * 60 + mins) * 60 + seconds) // 60)
+    if not total:
+        raise argparse.ArgumentTypeError(f"{text} is no time at all")
+    return total
+
+
+def setting(text):
+    """KEY=VALUE -> (key, value)."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z][a-z-]*", key):
+        raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE")
+    return key, value
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Run a command as a SLURM job; also `run.py status|cancel|logs JOB`")
+    parser.add_argument("-J", "--job-name", default="lpd")
+    parser.add_argument("-p", "--partition")
+    parser.add_argument("-A", "--account")
+    parser.add_argument("-N", "--nodes", type=cli.number(int, 1), default=1, help="machines")
+    parser.add_argument("--gpus-per-node", type=cli.number(int, 0), default=8, help="0 asks for none")
+    parser.add_argument(
+        "--time", type=minutes, default="4:00:00", help="limit of one attempt, as 30, 4:00:00, 2-00:00:00"
+    )
+    parser.add_argument("--qos")
+    parser.add_argument("--constraint")
+    parser.add_argument("--sbatch", type=setting, action="append", metavar="KEY=VALUE", help="any other flag")
+    parser.add_argument(
+        "--grace", type=cli.number(int, 15), help="seconds for the checkpoint; default: 120, or 1/4 of --time"
+    )
+    parser.add_argument("--max-retry", type=cli.number(int, 0), default=0, help="attempts after failures")
+    parser.add_argument("--output-dir", metavar="DIR", help="default: $OUTPUT_DIR, else output/JOB_NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    parser.add_argument("--local", action="store_true", help="run here, now, without SLURM")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuse what is wrong before anything is submitted; fill in what depends on other flags."""
+    if not re.fullmatch(r"[\w.+-]+", args.job_name):
+        raise cli.UsageError(f"--job-name {args.job_name!r}: letters, digits and . _ + - only")
+    if args.command[:1] == ["--"]:
+        del args.command[0]
+    if not args.command:
+        raise cli.UsageError("no command to run: put it behind the flags")
+    if not shutil.which(args.command[0]):
+        raise cli.UsageError(f"no such program: {args.command[0]}")
+    program, *words = args.command
+    if Path(program).name in ("bash", "sh") and words and not words[0].startswith("-"):
+        cli.existing_file(program, words[0])
+    output_dir = args.output_dir or os.environ.get("OUTPUT_DIR") or REPO / "output" / args.job_name
+    args.output_dir = cli.writable_folder("--output-dir", Path(output_dir).absolute())
+    args.grace = args.grace or min(120, 15 * args.time)
+    if args.grace >= 60 * args.time:
+        raise cli.UsageError(f"--grace {args.grace} s is all of --time, {60 * args.time} s")
+    if args.local and args.nodes > 1:
+        raise cli.UsageError(f"--local is this machine alone, not -N {args.nodes}")
+    if not (args.local or args.dry_run or shutil.which("sbatch")):
+        raise cli.UsageError("SLURM's sbatch is not here: --local runs without it, --dry-run shows the job")
+
+
+def job_of(args):
+    environment = {"OUTPUT_DIR": str(args.output_dir)}
+    if args.gpus_per_node:
+        environment["NGPU"] = str(args.gpus_per_node)
+    if args.local:  # all GPUs of this machine, unless it is said
+        environment = {"NGPU": os.environ["NGPU"]} if "NGPU" in os.environ else {}
+        environment["OUTPUT_DIR"] = str(args.output_dir)
+    jobs = str(args.output_dir / "jobs")
+    return Job(tuple(args.command), environment, jobs, args.max_retry, args.grace)
+
+
+def sbatch_settings(args):
+    """What submitit's executor is given."""
+    chosen = {
+        "job_name": args.job_name, "partition": args.partition, "account": args.account, "nodes": args.nodes,
+        "ntasks_per_node": 1, "gpus_per_node": args.gpus_per_node or None, "time": args.time, "qos": args.qos,
+        "constraint": args.constraint, "signal_delay_s": args.grace,
+        "additional_parameters": {"requeue": True, **dict(args.sbatch or [])},
+        "srun_args": ["--kill-on-bad-exit=1", "--cpu-bind=none"],
+        "setup": [f"export PYTHONPATH={REPO}${{PYTHONPATH:+:$PYTHONPATH}}"],
+    }  # fmt: skip
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def check_folder_is_free(jobs):
+    """Refuse a run folder whose last job has not ended."""
+    for record in sorted(jobs.glob("*_submitted.json")):
+        job_id = read_json(record)["job_id"]
+        state = slurm_state(job_id)
+        if state and not state.startswith(ENDED):
+            raise cli.UsageError(f"--output-dir: {jobs.parent} is job {job_id}'s, which is {state}")
+
+
+def submit(args):
+    import submitit
+
+    jobs = args.output_dir / "jobs"
+    check_folder_is_free(jobs)
+    executor = submitit.SlurmExecutor(jobs)
+    executor.update_parameters(**sbatch_settings(args))
+    try:
+        job = executor.submit(job_of(args))
+    except submitit.core.utils.FailedJobError:  # sbatch has said why
+        raise cli.Failure("sbatch refused the job: nothing was submitted") from None
+    record = {"job_id": job.job_id, "job_name": args.job_name, "command": args.command}
+    write_json(jobs / f"{job.job_id}_submitted.json", record)
+    print(f"job {job.job_id} submitted; logs in {jobs}")
+    print(f"python scripts/cli/run.py status {args.output_dir}")
+
+
+def find_job(text):
+    """The folder `jobs` and the number of a job, by number, run folder or name."""
+    folders = [Path(text)] if Path(text).is_dir() else [REPO / "output" / text]
+    pattern = "jobs/*_submitted.json"
+    if text.isdecimal():
+        folders, pattern = (REPO / "output").glob("*"), f"jobs/{text}_submitted.json"
+        if "OUTPUT_DIR" in os.environ:
+            folders = [*folders, Path(os.environ["OUTPUT_DIR"])]
+    records = sorted((r for folder in folders for r in folder.glob(pattern)), key=lambda r: r.stat().st_mtime)
+    if not records:
+        raise cli.UsageError(f"no submitted job {text!r}: give its number, run folder or name")
+    return records[-1].parent.absolute(), read_json(records[-1])["job_id"]
+
+
+def status(jobs, job_id):
+    """Print the state of a job and what it failed of."""
+    failures = [read_json(path) for path in sorted(jobs.glob(f"{job_id}_failed_*.json"))]
+    state = slurm_state(job_id)
+    if state is None:  # SLURM has forgotten it: its own records know
+        finished = (jobs / f"{job_id}_finished.json").exists()
+        state = "COMPLETED" if finished else "FAILED" if failures else "UNKNOWN"
+    print(f"job {job_id}: {state}")
+    for record in failures:
+        print("attempt {attempt} on {machine}: exit status {status}: {error}".format(**record))
+    print(f"logs in {jobs}")
+
+
+def cancel(jobs, job_id):
+    """Cancel a job: what it runs has SLURM's half a minute to write a checkpoint."""
+    done = subprocess.run(["scancel", job_id], capture_output=True, text=True)
+    if done.returncode:
+        raise cli.Failure(done.stderr.strip())
+
+
+def logs(jobs, job_id):
+    """Print the logs of all machines."""
+    paths = sorted(jobs.glob(f"{job_id}_*_log.*"))
+    if not paths:
+        raise cli.Failure(f"no logs of job {job_id} in {jobs} yet")
+    subprocess.run(["tail", "-n", "+1", *map(str, paths)], check=True)
+
+
+ASKED = {"status": status, "cancel": cancel, "logs": logs}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in ASKED:
+        if len(argv) != 2:
+            raise cli.UsageError(f"usage: run.py {argv[0]} JOB")
+        return ASKED[argv[0]](*find_job(argv[1]))
+    args = parse_args(argv)
+    check(args)
+    if args.dry_run:
+        job = job_of(args)
+        settings = {} if args.local else sbatch_settings(args)
+        shown = {"sbatch": settings, "environment": job.environment, "max_retry": job.max_retry}
+        print(json.dumps({**shown, "command": job.command}, indent=2))
+    elif args.local:
+        (args.output_dir / "jobs").mkdir(parents=True, exist_ok=True)
+        sys.exit(job_of(args).run_here())
+    else:
+        submit(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
