@@ -11,7 +11,7 @@ from models.lpd import NO_LABEL
 from util.images import to_uint8
 
 
-def _check(model, labels, order, group_sizes, cfg_schedule, image_ids):
+def _check(model, labels, order, group_sizes, cfg_schedule, image_ids, known):
     config = model.config
     if order.shape != (len(labels), config.num_tokens):
         raise ValueError(f"order is {list(order.shape)}, needed is [{len(labels)}, {config.num_tokens}]")
@@ -19,9 +19,11 @@ def _check(model, labels, order, group_sizes, cfg_schedule, image_ids):
         raise ValueError(f"{len(image_ids)} image_ids for {len(labels)} labels")
     if not group_sizes or min(group_sizes) < 1:
         raise ValueError(f"group sizes must be 1 or more, not {list(group_sizes)}")
-    if sum(group_sizes) != config.num_tokens:
+    needed = config.num_tokens - known
+    if sum(group_sizes) != needed:
         raise ValueError(
             f"group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens} tokens an image"
+            + (f", {needed} of them unknown" if known else "")
         )
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}, not linear or constant")
@@ -30,26 +32,28 @@ def _check(model, labels, order, group_sizes, cfg_schedule, image_ids):
 @torch.inference_mode()
 def generate_tokens(
     model, labels, order, group_sizes, *, cfg=1.0, cfg_schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
-    seed=0, image_ids=None, on_group=None,
+    seed=0, image_ids=None, on_group=None, known=None,
 ):  # fmt: skip
     """Generate the tokens of images, one group per forward (arXiv 2507.01957, section 3).
 
     Each step feeds the context tokens of the group before (at first the class token) and the position query
-    tokens of this group.
+    tokens of this group. Known tokens are a group that need not be generated: the one before the first.
 
     Args:
         model: LPD in eval mode.
         labels: int64 [B], class of each image or NO_LABEL.
         order: int [B, L]; order[b, t] is the raster position generated at slot t.
-        group_sizes: tuple of positive ints that sum to L.
+        group_sizes: tuple of positive ints that sum to L, less the known tokens.
         cfg: guidance scale; at 1 the unconditional branch is not computed.
         temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: 1 keeps all.
         seed, image_ids: int, int64 [B] (default 0..B-1): the noise of an image depends on the two alone.
         on_group: called after each group with (tokens so far [B, L], to be cloned if kept; slots filled).
+        known: int64 [B, k], tokens of the first k slots (see engine/edit.py).
     Returns:
         int64 [B, L], raster order.
     """
-    _check(model, labels, order, group_sizes, cfg_schedule, image_ids)
+    start = 0 if known is None else known.shape[1]
+    _check(model, labels, order, group_sizes, cfg_schedule, image_ids, start)
     device = model.pos_embed.device
     labels, order = labels.to(device), order.to(device, torch.int64)
     B, L = order.shape
@@ -61,7 +65,12 @@ def generate_tokens(
     kv_cache = model.new_kv_cache(branches * B)
     context = model.embed_labels(labels)  # [2B, 1, D]
     tokens = torch.zeros(B, L, dtype=torch.int64, device=device)
-    start = 0
+    if start:
+        none = order[:, :0].repeat(branches, 1)
+        model.predict(context, none, kv_cache)  # the class token by itself: it does not see the known
+        known, positions = known.to(device), order[:, :start]
+        tokens.scatter_(1, positions, known)
+        context = model.embed_tokens(known, positions).repeat(branches, 1, 1)  # [2B, k, D]
     for size in group_sizes:
         positions = order[:, start : start + size]  # [B, size]
         logits = model.predict(context, positions.repeat(branches, 1), kv_cache).float()  # [2B, size, V]

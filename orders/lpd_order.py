@@ -40,13 +40,14 @@ def make_orders(
     repulsion_threshold: float = 1.0,
     seed: int = 0,
     image_ids: np.ndarray | None = None,
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
     """Orders of any kind in ORDER_KINDS, uint16 [n, L]; only "lpd" depends on group sizes and thresholds.
 
-    The group sizes must fit the grid whatever the kind. Raises ValueError as `lpd_orders` does, and for an
-    unknown kind.
+    With `known` cells, bool [L] or [n, L], equally many in each image, an order lists the others alone: the
+    locality-aware one as if the known were generated already, the rest leave them out. The group sizes must
+    fit the cells listed, whatever the kind. Raises ValueError as `lpd_orders` does, and for an unknown kind.
     """
-    check_group_sizes(group_sizes, _num_tokens(grid_size))
     if kind == "lpd":
         return lpd_orders(
             n,
@@ -56,14 +57,21 @@ def make_orders(
             repulsion_threshold=repulsion_threshold,
             seed=seed,
             image_ids=image_ids,
+            known=known,
         )
+    group_sizes, known = _check_known(known, n, group_sizes, grid_size)
     if kind == "raster":
-        return raster_orders(n, grid_size)
-    if kind == "random":
-        return random_orders(n, grid_size, seed=seed, image_ids=image_ids)
-    if kind == "halton":
-        return halton_orders(n, grid_size, seed=seed, image_ids=image_ids)
-    raise ValueError(f"order must be one of {', '.join(ORDER_KINDS)}, not {kind!r}")
+        orders = raster_orders(n, grid_size)
+    elif kind == "random":
+        orders = random_orders(n, grid_size, seed=seed, image_ids=image_ids)
+    elif kind == "halton":
+        orders = halton_orders(n, grid_size, seed=seed, image_ids=image_ids)
+    else:
+        raise ValueError(f"order must be one of {', '.join(ORDER_KINDS)}, not {kind!r}")
+    if sum(group_sizes) == orders.shape[1]:
+        return orders
+    listed = ~np.take_along_axis(known, orders.astype(np.int64), axis=1)
+    return orders[listed].reshape(n, sum(group_sizes))
 
 
 def raster_orders(n: int, grid_size: int) -> np.ndarray:
@@ -110,8 +118,9 @@ def lpd_orders(
     repulsion_threshold: float = 1.0,
     seed: int = 0,
     image_ids: np.ndarray | None = None,
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Locality-aware orders, uint16 [n, L].
+    """Locality-aware orders, uint16 [n, L]; with k `known` cells, as in `make_orders`, uint16 [n, L - k].
 
     A group first takes cells near what is already generated (score: sum of 1 / distance over the generated
     ones of the 8 neighbours; near: at least `proximity_threshold`) by falling score, each farther than
@@ -121,14 +130,13 @@ def lpd_orders(
     `proximity_threshold` >= 0 (infinite: never near); `repulsion_threshold` >= 0 (below 1: no repulsion). Row
     i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0 or more, by default 0..n-1. Memory is the
     result, a few MB and tables of about 12 grid_size**3 bytes. Raises ValueError for group sizes that do not
-    start with 1 or do not sum to L, and for anything else out of range.
+    start with 1 or do not sum to L (less the known cells), and for anything else out of range.
     """
-    num_tokens = _num_tokens(grid_size)
-    group_sizes = check_group_sizes(group_sizes, num_tokens)
+    group_sizes, known = _check_known(known, n, group_sizes, grid_size)
     rules = _rules(grid_size, float(proximity_threshold), float(repulsion_threshold))
-    orders = np.empty((n, num_tokens), np.uint16)
-    for rows, keys in _chunks(n, num_tokens, seed, image_ids):
-        orders[rows] = _grow(keys, group_sizes, rules)
+    orders = np.empty((n, sum(group_sizes)), np.uint16)
+    for rows, keys in _chunks(n, grid_size**2, seed, image_ids):
+        orders[rows] = _grow(keys, group_sizes, rules, known[rows])
     return orders
 
 
@@ -177,8 +185,9 @@ def _windows(planes: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(planes.reshape(-1), num_tokens)[:: len(planes)]
 
 
-def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.ndarray:
-    """Orders uint16 [n, L] of the images whose hash keys are uint64 [n]: all grow together, group by group.
+def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules, known: np.ndarray) -> np.ndarray:
+    """Orders, uint16, of the images whose hash keys are uint64 [n]: all grow together, group by group, from
+    the `known` cells, bool [n, L].
 
     The first group needs no rule of its own: where nothing is generated all cells tie, by score and by
     distance.
@@ -187,8 +196,9 @@ def _grow(keys: np.ndarray, group_sizes: tuple[int, ...], rules: _Rules) -> np.n
     y, x = np.divmod(np.arange(num_tokens), rules.grid_size)
     padded = (y + 1) * side + x + 1  # one empty cell all round, so that every cell has 8 neighbours
     occupied = np.zeros((len(keys), side * side), np.uint8)
-    order = np.empty((len(keys), num_tokens), np.uint16)
-    room = np.empty((2, *order.shape), np.uint64)
+    occupied[:, padded] = known
+    order = np.empty((len(keys), sum(group_sizes)), np.uint16)
+    room = np.empty((2, len(keys), num_tokens), np.uint64)
     start = 0
     for group, size in enumerate(group_sizes):
         bits = _random_bits(keys, group * num_tokens, num_tokens, room)  # low half: scores; high: distances
@@ -295,6 +305,24 @@ def _num_tokens(grid_size: int) -> int:
     if not 1 <= grid_size <= LARGEST_GRID:
         raise ValueError(f"grid size must be from 1 to {LARGEST_GRID}, not {grid_size}")
     return grid_size**2
+
+
+def _check_known(
+    known: np.ndarray | None, n: int, group_sizes: Sequence[int], grid_size: int
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """The group sizes of the cells that are not known, and the known ones as bool [n, L]."""
+    num_tokens = _num_tokens(grid_size)
+    known = np.zeros(num_tokens, bool) if known is None else np.asarray(known)
+    if known.dtype != bool or known.shape not in ((num_tokens,), (n, num_tokens)):
+        raise ValueError(
+            f"known cells must be bool [{num_tokens}] or [{n}, {num_tokens}], "
+            f"not {known.dtype} {list(known.shape)}"
+        )
+    counts = np.unique(known.sum(axis=-1)).tolist() or [0]
+    if len(counts) > 1:
+        raise ValueError(f"known cells must be equally many in each image, not {counts[0]} to {counts[-1]}")
+    group_sizes = check_group_sizes(group_sizes, num_tokens - counts[0])
+    return group_sizes, np.broadcast_to(known, (n, num_tokens))
 
 
 def _chunks(n: int, num_tokens: int, seed: int, image_ids: np.ndarray | None):

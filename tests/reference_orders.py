@@ -6,7 +6,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 
@@ -55,11 +55,15 @@ def reference_order(
     proximity_threshold: float,
     repulsion_threshold: float,
     rng: random.Random,
+    known: Collection[int] = (),
 ) -> list[int]:
-    """One order, a list of L raster positions. Ties, of score or of distance, are in random order."""
-    order = [rng.randrange(grid_size**2)]
-    for size in group_sizes[1:]:
-        generated = set(order)
+    """One order, a list of L raster positions. Ties, of score or of distance, are in random order.
+
+    With `known` cells the order lists the others, and all its groups follow the rule of the later ones.
+    """
+    order = [] if known else [rng.randrange(grid_size**2)]
+    for size in group_sizes[len(order) :]:
+        generated = {*known, *order}
         free = [cell for cell in range(grid_size**2) if cell not in generated]
         rng.shuffle(free)
         scores = {cell: score(cell, generated, grid_size) for cell in free}
@@ -88,12 +92,13 @@ def replay(
     grid_size: int,
     proximity_threshold: float,
     repulsion_threshold: float,
+    known: Collection[int] = (),
 ) -> list[Pick]:
-    """What each slot of `order` took and could have taken."""
+    """What each slot of `order` took and could have taken; the `known` cells were there before."""
     picks = []
     start = 0
     for number, size in enumerate(group_sizes):
-        generated = set(order[:start])
+        generated = {*known, *order[:start]}
         group: list[int] = []
         for cell in order[start : start + size]:
             free = [c for c in range(grid_size**2) if c not in generated and c not in group]
