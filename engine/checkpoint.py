@@ -285,10 +285,8 @@ def start_from(model, path):
     """Put weights from a file into a new model, position embeddings resized to its grid (256 to 512 px)."""
     state, _ = read_weights(path)
     _check_embeddings(state, path)
-    width = state["pos_embed"].shape[2]
-    if width != model.config.embed_dim:  # before memory is taken for the resized one
-        raise ValueError(f"{path} has width {width}, the model {model.config.embed_dim}")
-    state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
+    if state["pos_embed"].shape[2] == model.config.embed_dim:  # else refused as it is
+        state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
     load_state(model, state, path)
 
 
