@@ -26,6 +26,7 @@ from util.files import atomic
 LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
 WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
 LAYERS = ("depth", "num_res_blocks", "multipliers")  # of configs: so many modules are made, each with weights
+MOST_EXPANDED = 2**30  # bytes of weights without bytes in the file: a tensor may repeat one number
 MOST_PLACES = 2**16 + 1  # of a grid, and the class token
 MOST_SIZE = 2**24  # that a config may give anything; what it gives all together is held against the weights
 
@@ -160,6 +161,9 @@ def read_weights(path):
         info = checkpoint.get("info", {})
     if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
         raise ValueError(f"{path}: holds no weights under 'model'")
+    claimed, there = sum(t.numel() * t.element_size() for t in state.values()), os.stat(path).st_size
+    if claimed > MOST_EXPANDED + 2 * there:
+        raise ValueError(f"{path}: weights of {claimed} bytes in a file of {there}")
     if not _is_info(info):
         raise ValueError(f"{path}: what it says of its weights is damaged ({str(info):.60})")
     return state, info
@@ -312,7 +316,8 @@ def start_from(model, path):
     """Put weights from a file into a new model, position embeddings resized to its grid (256 to 512 px)."""
     state, _ = read_weights(path)
     _check_embeddings(state, path)
-    state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
+    if state["pos_embed"].shape[2] == model.config.embed_dim:  # else refused as it is
+        state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], model.config.grid_size)}
     load_state(model, state, path)
 
 

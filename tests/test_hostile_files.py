@@ -216,13 +216,22 @@ def programs_tokenizer(folder):
     return folder / "state.pth"
 
 
-@pytest.mark.parametrize("shape", [(1, 2**40, 8), (1, 2**16 + 2, 8), (5, 8), (1, 0, 8), (2, 5, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2**40, 8), (1, 2**16 + 2, 8), (5, 8), (1, 0, 8), (2, 5, 8), (1, 5, 2**40)], ids=str
+)
 def test_table_of_positions_that_claims_an_absurd_grid_is_refused(tmp_path, shape):
     """One number, expanded: the file is small whatever the shape says."""
     weights_with(tmp_path / "lpd.pth", {}, pos_embed=torch.zeros(()).expand(shape))
     for read in (load_lpd, lambda path: start_from(LPD(SMALL), path)):
         with pytest.raises(ValueError, match="lpd.pth"):
             read(tmp_path / "lpd.pth")
+
+
+def test_weights_that_repeat_one_number_a_billion_times_are_refused(tmp_path):
+    big = torch.zeros(()).expand(2**14, 2**15)
+    torch.save({"model": {**LPD(SMALL).state_dict(), "head.weight": big}}, tmp_path / "lpd.pth")
+    with pytest.raises(ValueError, match="lpd.pth: weights of 21474[0-9]* bytes in a file of"):
+        load_lpd(tmp_path / "lpd.pth", "lpd_tiny")
 
 
 def test_checkpoint_whose_parts_would_inflate_is_refused(tmp_path):

@@ -11,6 +11,7 @@ what repeats it: `--repeat FORMAT:SEED`.
 import argparse
 import collections
 import io
+import itertools
 import json
 import multiprocessing
 import random
@@ -498,11 +499,12 @@ def main():
     if args.repeat:
         return repeat(args.repeat)
     counts, faults = collections.defaultdict(collections.Counter), []
-    start, batch = time.monotonic(), args.seed * 10**6
-    while time.monotonic() - start < args.seconds:
-        for name in args.formats:
-            watch(name, range(batch * BATCH, (batch + 1) * BATCH), counts, faults)
-        batch += 1
+    start, first = time.monotonic(), args.seed * 10**9
+    for number in itertools.count():
+        if time.monotonic() - start > args.seconds:
+            break
+        batch, name = first + number // len(args.formats) * BATCH, args.formats[number % len(args.formats)]
+        watch(name, range(batch, batch + BATCH), counts, faults)
     print(f"seed {args.seed}, {time.monotonic() - start:.0f} s")
     report(counts, faults)
     if faults:
