@@ -363,7 +363,7 @@ def test_process_that_dies_takes_the_others_down_and_its_error_is_told_once(how,
 
 
 def test_agent_passes_a_signal_on_and_ends_with_its_status(tmp_path):
-    """The agent gets it in step 2 and waits for the checkpoint; the processes hear it then or a step later."""
+    """It gets it in step 2 and waits for the checkpoint; the processes hear it then or a step later."""
     (tmp_path / "train.py").write_text(DYING)
     outcome = agent(2, tmp_path / "train.py", "stop", *train_flags(tmp_path / "run", batch_size=2))
     assert outcome.status == 128 + signal.SIGTERM
