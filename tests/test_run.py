@@ -156,9 +156,9 @@ def test_success_after_a_failure_ends_the_tries(local):
 # Signals on their way to a command.
 
 HEARS = """
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.{name}, lambda *_: sys.exit("heard"))
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 time.sleep(30)
 """
 

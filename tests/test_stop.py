@@ -103,11 +103,24 @@ def test_second_interrupt_ends_at_once_and_a_second_of_another_kind_does_not():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_process_that_was_asked_to_end_says_nothing_of_a_connection_lost_then():
+    """torchrun has asked it to, because of the process that is lost: that one's error is the one to tell."""
+    with pytest.raises(KeyboardInterrupt):
+        with signals.StopRequest():
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(ArithmeticError):
+        with signals.StopRequest():
+            signal.raise_signal(signal.SIGINT)
+            raise ArithmeticError("an error of its own")
+
+
 # Steps without a usable gradient.
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_step_with_a_loss_that_is_no_number_changes_nothing(fused, monkeypatch):
+    """Not even if its gradient is one."""
     state = new_state(CONFIG, ALONE.device)
     for group in state.optimizer.param_groups:
         group["fused"], group["foreach"] = fused, False
@@ -119,7 +132,7 @@ def test_step_with_a_loss_that_is_no_number_changes_nothing(fused, monkeypatch):
     step()
     kept = snapshot(state)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.train, "lpd_loss", lambda *tensors: lpd_loss(*tensors) * math.inf)
+        patch.setattr(engine.train, "lpd_loss", lambda *tensors: lpd_loss(*tensors) + math.inf)
         step()
     assert same(snapshot(state), kept)
     assert (state.step, int(state.guard.skipped), int(state.guard.row)) == (2, 1, 1)
@@ -238,7 +251,7 @@ def batches(self, plan):
     return plain(self, seen())
 def loss(*tensors):
     calls.append(None)
-    return lpd_loss(*tensors) * (math.nan if rank == "1" and len(calls) == 3 else 1)
+    return lpd_loss(*tensors) + (math.inf if rank == "1" and len(calls) == 3 else 0)
 def step(state, *rest):
     if rank == "1" and state.step == 5:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -311,13 +324,17 @@ def test_resumed_by_another_number_of_processes_each_image_comes_once_an_epoch(e
 
 
 DYING = """
-import os, signal, sys
+import os, pathlib, signal, sys, time
 import engine.train
 from engine.train import train_step
 def step(state, *rest):
     if os.environ["RANK"] == "1" and state.step == 2:
+        pathlib.Path(sys.argv[0]).with_name("when").write_text(str(time.time()))
         if sys.argv[1] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] == "stop":
+            os.kill(os.getppid(), signal.SIGTERM)
+            return train_step(state, *rest)
         raise ArithmeticError("the first error")
     return train_step(state, *rest)
 engine.train.train_step = step
@@ -335,15 +352,23 @@ cli.run(lambda: main_lpd.main(sys.argv[2:]))
     ],
 )
 def test_process_that_dies_takes_the_others_down_and_its_error_is_told_once(how, status, line, tmp_path):
-    """A minute at most, with the seconds it takes to start."""
+    """Within a minute: the agent asks the others to end, and kills what has not after half a minute."""
     (tmp_path / "train.py").write_text(DYING)
-    start = time.monotonic()
     outcome = agent(2, tmp_path / "train.py", how, *train_flags(tmp_path / "run", batch_size=2))
-    assert time.monotonic() - start < 60
+    assert time.time() - float((tmp_path / "when").read_text()) < 60
     assert outcome.status == status
     assert outcome.err.count(line) == 1
     assert len(re.findall(r"(?:^|\]: )\w*[Ee]rror: ", outcome.err, re.M)) == 1, outcome.err
     assert outcome.err.count("Traceback") == (how == "raise")
+
+
+def test_agent_passes_a_signal_on_and_ends_with_its_status(tmp_path):
+    """It gets it in step 2 and waits for the checkpoint; the processes hear it then or a step later."""
+    (tmp_path / "train.py").write_text(DYING)
+    outcome = agent(2, tmp_path / "train.py", "stop", *train_flags(tmp_path / "run", batch_size=2))
+    assert outcome.status == 128 + signal.SIGTERM
+    assert outcome.err.count("stopped: SIGTERM: ") == 1 and "Traceback" not in outcome.err
+    assert load_checkpoint(tmp_path / "run/checkpoint-last.pth")["step"] in (4, 5)
 
 
 def test_error_of_a_lost_connection_is_told_from_others():

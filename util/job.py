@@ -55,24 +55,28 @@ def run_command(command, environment, *, patience=0, output=None):
     Returns:
         (exit status as a shell tells it, number of the first signal or 0)
     """
-    asked = []
+    asked, groups = [], []
 
     def pass_on(number, frame):
         asked.append(number)
-        _signal(number, [child.pid], os.killpg)
+        _signal(number, groups, os.killpg)
         if number == signal.SIGUSR2:
             signal.alarm(patience)
 
     def kill(number, frame):
-        _signal(signal.SIGKILL, [*descendants(child.pid), child.pid])
+        for pid in groups:
+            _signal(signal.SIGKILL, [*descendants(pid), pid])
 
-    child = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_ignore_user_signals, stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-    )  # fmt: skip
     handlers = {number: pass_on for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
     before = {n: signal.signal(n, handler) for n, handler in {**handlers, signal.SIGALRM: kill}.items()}
     try:
+        child = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=_ignore_user_signals, stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+        )  # fmt: skip
+        groups.append(child.pid)
+        for number in set(asked):  # what came before it was started
+            _signal(number, groups, os.killpg)
         status = child.wait()
         while asked and _alive(child.pid):  # a shell may end of a signal before what it started
             time.sleep(0.2)

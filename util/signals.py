@@ -6,6 +6,8 @@ before it ends.
 
 import signal
 
+from util import dist
+
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -31,9 +33,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.number = self.number or number
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for each, handler in self._before.items():
             signal.signal(each, handler)
+        if self.number and dist.is_echo(error):  # asked to end because another process is gone: in silence
+            signal.raise_signal(self.number)
 
 
 def leave_to_parent(*_):

@@ -34,7 +34,8 @@ install_slurm() {
     [[ $EUID == 0 ]] && command -v apt-get >/dev/null || { echo "SLURM is not here, nor root with apt-get" >&2; exit 3; }
     apt_get() { DEBIAN_FRONTEND=noninteractive timeout 120 apt-get -qq "$@" >"$dir/apt.log" 2>&1; }
     apt_get update || true # a stale list may do
-    apt_get install -y --no-install-recommends munge slurmctld slurmd slurm-client ||
+    # and the images that the tests train on
+    apt_get install -y --no-install-recommends dataset-fashion-mnist munge slurmctld slurmd slurm-client ||
         { echo "SLURM is not here and apt-get cannot install it: $(tail -n 1 "$dir/apt.log")" >&2; exit 3; }
 }
 

@@ -10,7 +10,7 @@ import engine.train  # noqa: E402
 import main_lpd  # noqa: E402
 from util import cli  # noqa: E402
 
-PAUSE = 0.9  # seconds
+PAUSE = 2.5  # seconds
 take_step = engine.train.train_step
 
 
