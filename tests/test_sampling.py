@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.sampling import guidance_scales, guide, gumbel_noise, keep_top_k, keep_top_p, sample
+from engine import sampling
+from engine.sampling import guidance_scales, guide, image_words, keep_top_k, keep_top_p, sample
 
 INF = float("inf")
 
@@ -22,6 +23,10 @@ def ids(*values):
     return torch.tensor(values)
 
 
+def gumbel_noise(seed, image_ids, positions, vocab_size):
+    return sampling.gumbel_noise(image_words(seed, image_ids), positions, vocab_size)
+
+
 def noise_of(seed, n, vocab_size):
     """Noise [n, 1, V] of n images at position 0."""
     return gumbel_noise(seed, torch.arange(n), torch.zeros(n, 1, dtype=torch.int64), vocab_size)
@@ -31,12 +36,12 @@ def noise_of(seed, n, vocab_size):
 
 
 def test_linear_guidance_scales_by_hand():
-    """1 + (5 - 1) t / 16 at slots 4, 5, 6."""
-    assert guidance_scales(5.0, "linear", 4, 3, 16) == [2.0, 2.25, 2.5]
+    """1 + (5 - 1) t / 4."""
+    assert guidance_scales(5.0, "linear", 4).tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_constant_guidance_scales_by_hand():
-    assert guidance_scales(5.0, "constant", 4, 3, 16) == [5.0, 5.0, 5.0]
+    assert guidance_scales(5.0, "constant", 3).tolist() == [5.0, 5.0, 5.0]
 
 
 def test_guide_by_hand():
