@@ -28,7 +28,7 @@ class Trajectory:
         self.replay = capture(lambda: function(*inputs))
 
     def __call__(self, *inputs):
-        """Fewer rows than captured may be given: what stands in the others from before is computed in vain."""
+        """Fewer rows than captured may be given: the others, with what they held before, are in vain."""
         for static, given in zip(self.inputs, inputs, strict=True):
             static[: len(given)].copy_(given, non_blocking=True)
         return self.replay()[: len(inputs[0])].clone()

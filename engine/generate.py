@@ -12,7 +12,7 @@ from util.images import to_uint8
 
 
 def decoding_inputs(model, labels, order, group_sizes, *, cfg_schedule="linear", seed=0, image_ids=None):
-    """What `decode_steps` takes of the arguments of `generate_tokens`: labels, order and words, on the device.
+    """Labels, order and words for `decode_steps`, on the device, from arguments of `generate_tokens`.
 
     Raises:
         ValueError: arguments that do not fit the model or one another.

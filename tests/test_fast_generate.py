@@ -22,7 +22,8 @@ MODES = {
 def examples(n, first=0):
     """Labels, orders and image ids of images first..first+n-1."""
     ids = torch.arange(first, first + n)
-    return ids % 5, torch.from_numpy(make_orders("lpd", n, GROUPS, 4, image_ids=ids.numpy()).astype("int64")), ids
+    orders = make_orders("lpd", n, GROUPS, 4, image_ids=ids.numpy()).astype("int64")
+    return ids % 5, torch.from_numpy(orders), ids
 
 
 class CountingCapture:
@@ -127,11 +128,11 @@ def test_a_batch_is_padded_to_the_least_that_fits(fast):
 
 @pytest.mark.parametrize(
     "other",
-    [{"cfg": 2.0}, {"cfg": 3.0, "cfg_schedule": "constant"}, {"cfg": 3.0, "top_k": 2}, {"cfg": 3.0, "top_p": 0.5}],
+    [{"cfg": 2.0}, {"cfg_schedule": "constant"}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.5}],
 )
 def test_other_settings_are_captured_by_themselves(fast, other):
     fast.generate_tokens(*examples(2)[:2], GROUPS, cfg=3.0)
-    fast.generate_tokens(*examples(2)[:2], GROUPS, **other)
+    fast.generate_tokens(*examples(2)[:2], GROUPS, **{"cfg": 3.0, **other})
     fast.generate_tokens(*examples(2)[:2], GROUPS, cfg=3.0)
     assert fast.capture.captured == 2
 

@@ -47,7 +47,7 @@ def test_training_mask_is_the_one_drawn_by_hand():
 
 @torch.no_grad()
 def decoded(rows):
-    """What a decoding step makes of its rows [5, 8], two of context and three queries, after two rows kept."""
+    """What a decoding step makes of two rows of context and three queries, after two rows kept."""
     torch.manual_seed(0)
     attention = Attention(8, 2, 0.0, layer=0)
     kv_cache = KVCache(1, 1, 2, 7, 4, dtype=torch.float32, device="cpu")

@@ -4,6 +4,7 @@ False-alarm probabilities are those over seeds; with the seeds written here ever
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -91,6 +92,27 @@ def test_top_p_keeps_the_least_sufficient_set(p):
     assert (total >= p - 1e-5).all()
     assert (total - least < p + 1e-5).all()
     assert (probability.masked_fill(kept, 0.0).amax(dim=-1) <= least).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_what_a_sort_keeps(p):
+    """In float64; a boundary within 1e-6 of p, where float32 may decide otherwise, is left out."""
+    logits = torch.randn(200, 500, generator=torch.Generator().manual_seed(1)) * 3
+    ranked, index = logits.double().softmax(dim=-1).sort(dim=-1, descending=True)
+    before = ranked.cumsum(dim=-1) - ranked  # of the codes ranked above
+    clear = ((before - p).abs() > 1e-6).all(dim=-1)
+    expected = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before < p)
+    assert clear.sum() > 190
+    assert torch.equal(keep_top_p(logits, p).isfinite()[clear], expected[clear])
+
+
+@pytest.mark.parametrize(
+    "cut", [partial(keep_top_p, p=0.5), partial(keep_top_k, k=2)], ids=["top_p", "top_k"]
+)
+def test_codes_equal_to_the_last_kept_are_kept_too(cut):
+    """0.4 and one 0.2 are the least sufficient set, and the two largest."""
+    assert cut(torch.tensor([0.2, 0.4, 0.2, 0.2]).log()).isfinite().all()
+    assert cut(torch.tensor([0.2, 0.4, 0.3, 0.1]).log()).isfinite().sum() == 2
 
 
 # sample

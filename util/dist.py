@@ -120,10 +120,10 @@ def timing_event(device):
 class GraphCapture:
     """Turns functions without arguments into replays of themselves; all graphs share one memory pool.
 
-    On a CUDA GPU `capture(function)` runs the function twice to warm up, once more to record a CUDA graph, and
-    returns a callable that replays the graph and returns the very tensor (or tensors) of the recording. The
-    next replay of any graph of this pool may overwrite it: clone it before. The function must not wait for
-    the device, and every tensor that it reads must stay where it is. Elsewhere it returns the function.
+    On a CUDA GPU `capture(function)` runs the function twice to warm up, once more to record a CUDA graph,
+    and returns a callable that replays the graph and returns the very tensor of the recording. The next
+    replay of any graph of this pool may overwrite it: clone it before. The function must not wait for the
+    device, and every tensor that it reads must stay where it is. Elsewhere it returns the function.
     """
 
     def __init__(self, device):
