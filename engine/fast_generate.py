@@ -15,6 +15,8 @@ from models.packed import packed
 from util import dist
 from util.images import to_uint8
 
+PLAIN_ONLY = {"on_group", "known"}  # arguments that a captured trajectory cannot take
+
 
 class Trajectory:
     """A function of static inputs, captured once: given inputs are copied in, the output is cloned out.
@@ -39,7 +41,8 @@ class FastGenerator:
 
     The first call with new settings or a larger batch captures a trajectory; a smaller batch is padded to the
     least one captured that it fits. Weights are captured by address: they must not move, and on a CPU not
-    change, while this is in use. A call with `on_group` takes the plain path: a callback cannot be captured.
+    change, while this is in use. A call with `on_group` or `known` takes the plain path: a callback cannot be
+    captured, and an edit has shapes of its own.
 
     Args:
         model: LPD in eval mode, on its device, in the dtype to compute in.
@@ -56,18 +59,16 @@ class FastGenerator:
         self.capture = capture or dist.GraphCapture(model.pos_embed.device)
         self.trajectories = OrderedDict()  # (batch, what, settings) -> Trajectory, the last used at the end
 
-    def generate_tokens(self, labels, order, group_sizes, *, on_group=None, **settings):
+    def generate_tokens(self, labels, order, group_sizes, **settings):
         """As `engine.generate.generate_tokens`."""
-        if on_group is not None:
-            return generate_tokens(self.plain, labels, order, group_sizes, on_group=on_group, **settings)
+        if PLAIN_ONLY & settings.keys():
+            return generate_tokens(self.plain, labels, order, group_sizes, **settings)
         return self._generate("tokens", labels, order, group_sizes, **settings)
 
-    def generate_images(self, labels, order, group_sizes, *, on_group=None, **settings):
+    def generate_images(self, labels, order, group_sizes, **settings):
         """As `engine.generate.generate_images`."""
-        if on_group is not None:
-            return generate_images(
-                self.plain, self.tokenizer, labels, order, group_sizes, on_group=on_group, **settings
-            )
+        if PLAIN_ONLY & settings.keys():
+            return generate_images(self.plain, self.tokenizer, labels, order, group_sizes, **settings)
         return self._generate("images", labels, order, group_sizes, **settings)
 
     @torch.inference_mode()

@@ -11,7 +11,9 @@ from models.lpd import NO_LABEL
 from util.images import to_uint8
 
 
-def decoding_inputs(model, labels, order, group_sizes, *, cfg_schedule="linear", seed=0, image_ids=None):
+def decoding_inputs(
+    model, labels, order, group_sizes, *, cfg_schedule="linear", seed=0, image_ids=None, known=None
+):
     """Labels, order and words for `decode_steps`, on the device, from arguments of `generate_tokens`.
 
     Raises:
@@ -24,9 +26,11 @@ def decoding_inputs(model, labels, order, group_sizes, *, cfg_schedule="linear",
         raise ValueError(f"{len(image_ids)} image_ids for {len(labels)} labels")
     if not group_sizes or min(group_sizes) < 1:
         raise ValueError(f"group sizes must be 1 or more, not {list(group_sizes)}")
-    if sum(group_sizes) != config.num_tokens:
+    needed = config.num_tokens - (0 if known is None else known.shape[1])
+    if sum(group_sizes) != needed:
         raise ValueError(
             f"group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens} tokens an image"
+            + (f", {needed} of them unknown" if needed < config.num_tokens else "")
         )
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}, not linear or constant")
@@ -37,7 +41,7 @@ def decoding_inputs(model, labels, order, group_sizes, *, cfg_schedule="linear",
 
 def decode_steps(
     model, labels, order, words, group_sizes, *, cfg=1.0, cfg_schedule="linear", temperature=1.0, top_k=0,
-    top_p=1.0, on_group=None,
+    top_p=1.0, on_group=None, known=None,
 ):  # fmt: skip
     """All steps of `generate_tokens`, of checked arguments; `words` [B, 2] are from `image_words`.
 
@@ -54,7 +58,12 @@ def decode_steps(
     query_table = model.query_table()  # [L, D]
     context = model.embed_labels(labels)  # [2B, 1, D]
     tokens = torch.zeros_like(order)
-    start = 0
+    start = 0 if known is None else known.shape[1]
+    if start:
+        model.predict(context, context[:, :0], kv_cache)  # the class token by itself: it sees nothing known
+        known, positions = known.to(order.device), order[:, :start]
+        tokens.scatter_(1, positions, known)
+        context = model.embed_tokens(known, positions).repeat(branches, 1, 1)  # [2B, k, D]
     for size in group_sizes:
         positions = order[:, start : start + size]  # [B, size]
         queries = query_table[positions].repeat(branches, 1, 1)  # [2B, size, D]
@@ -74,31 +83,33 @@ def decode_steps(
 @torch.inference_mode()
 def generate_tokens(
     model, labels, order, group_sizes, *, cfg=1.0, cfg_schedule="linear", temperature=1.0, top_k=0, top_p=1.0,
-    seed=0, image_ids=None, on_group=None,
+    seed=0, image_ids=None, on_group=None, known=None,
 ):  # fmt: skip
     """Generate the tokens of images, one group per forward (arXiv 2507.01957, section 3).
 
     Each step feeds the context tokens of the group before (at first the class token) and the position query
-    tokens of this group.
+    tokens of this group. Known tokens are a group that need not be generated: the one before the first.
 
     Args:
         model: LPD in eval mode.
         labels: int64 [B], class of each image or NO_LABEL.
         order: int [B, L]; order[b, t] is the raster position generated at slot t.
-        group_sizes: tuple of positive ints that sum to L.
+        group_sizes: tuple of positive ints that sum to L, less the known tokens.
         cfg: guidance scale; at 1 the unconditional branch is not computed.
         temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: 1 keeps all.
         seed, image_ids: int, int64 [B] (default 0..B-1): the noise of an image depends on the two alone.
         on_group: called after each group with (tokens so far [B, L], to be cloned if kept; slots filled).
+        known: int64 [B, k], tokens of the first k slots (see engine/edit.py).
     Returns:
         int64 [B, L], raster order.
     """
     inputs = decoding_inputs(
-        model, labels, order, group_sizes, cfg_schedule=cfg_schedule, seed=seed, image_ids=image_ids
-    )
+        model, labels, order, group_sizes, cfg_schedule=cfg_schedule, seed=seed, image_ids=image_ids,
+        known=known,
+    )  # fmt: skip
     return decode_steps(
         model, *inputs, group_sizes, cfg=cfg, cfg_schedule=cfg_schedule, temperature=temperature, top_k=top_k,
-        top_p=top_p, on_group=on_group,
+        top_p=top_p, on_group=on_group, known=known,
     )  # fmt: skip
 
 

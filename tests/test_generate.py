@@ -48,6 +48,7 @@ class MockModel:
         return torch.arange(16)[:, None]
 
     def predict(self, context, queries, kv_cache):
+        """queries are the places themselves [B, n, 1]."""
         positions = queries[..., 0]
         self.contexts.append(context)
         self.positions.append(positions)
