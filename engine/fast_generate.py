@@ -1,7 +1,7 @@
 """Parallel decoding made fast: the steps of engine/generate.py, captured whole and replayed.
 
 A trajectory (all steps, the draws and, for images, the tokenizer's decoder) has static shapes once batch,
-schedule and mode are fixed. On a GPU it becomes one CUDA graph, so that the host launches it once; on a CPU
+schedule and mode are fixed. On a GPU it becomes one graph, which the host launches at once; on a CPU
 it runs as it is, with weights laid out for products of few rows. Does not know files, pictures or printing.
 """
 

@@ -45,7 +45,7 @@ def decode_steps(
 ):  # fmt: skip
     """All steps of `generate_tokens`, of checked arguments; `words` [B, 2] are from `image_words`.
 
-    Every shape follows from those of the arguments and nothing waits for the device, so that one CUDA graph
+    Every shape follows from those of the arguments and nothing waits for the device, so that one GPU graph
     can hold it all.
     """
     B, L = order.shape
