@@ -56,7 +56,7 @@ def matmul_rate(device, dtype, *, size=None):
     return 2 * size**3 * calls / min(times)
 
 
-def bandwidth(device, *, num_bytes=2**28):
+def bandwidth(device, *, num_bytes=2**29):
     """Bytes a second of reading memory: a sum over `num_bytes` of float32, the best of several."""
     x = torch.ones(num_bytes // 4, device=device)
     calls = 1 if device.type == "cpu" else 10
