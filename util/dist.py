@@ -141,7 +141,8 @@ class GraphCapture:
                     function()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            mode = "thread_local"  # NCCL's own thread asks for events meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
                 output = function()
 
         def replay():
