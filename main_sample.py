@@ -224,7 +224,10 @@ def main(argv=None):
         model, tokenizer, variants, labels, names = load(args, world.device)
         prepare_output(args)
     output = Path(args.output_dir)
-    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16, "compile": args.compile}
+    record = {
+        "settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16,
+        "compile": args.compile,
+    }  # fmt: skip
     write_json(output / RECORD, record)
     make = partial(generate_images, model, tokenizer)
     if args.compile:
