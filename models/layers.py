@@ -43,7 +43,7 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def decode(self, x, kv_cache, num_context, first):
-        """One step over the rows before it: exact without a mask, which fused kernels do not like.
+        """One decoding step, behind the rows kept in the cache: two attentions without a mask are exact.
 
         Args:
             x: [B, N, D], `num_context` context rows, which do not see the others, then query rows, which see
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q = qkv[:, :, 0].transpose(1, 2)  # [B, H, N, d]
         k, v = kv_cache.extend(self.layer, qkv[:, :, 1:])  # [B, H, M, d]
-        seen = k.shape[2] - N + num_context  # by the context
+        seen = k.shape[2] - N + num_context  # rows that the context sees
         parts = [attend(q[:, :, num_context:], k, v)]
         if first < num_context:
             parts.insert(0, attend(q[:, :, first:num_context], k[:, :, :seen], v[:, :, :seen]))
