@@ -18,6 +18,7 @@ import torch_fidelity
 
 from engine.checkpoint import load_lpd, load_tokenizer, start_from, state_digest
 from engine.evaluate import Evaluation, EvaluationFailed, Judge, Keep
+from engine.fast_generate import FastGenerator
 from engine.features import EXTRACTORS, make_extractor
 from engine.generate import generate_images
 from engine.guard import LossNotFinite
@@ -26,6 +27,7 @@ from engine.settings import resolve_settings
 from engine.sweep import best_setting, plot_sweep, setting_key, summarise, table, write_csv
 from engine.train import CachedTokens, EncodedImages, TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS
+from models.vqgan import FastDecoder
 from orders.lpd_order import ORDER_KINDS
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, dist, pictures
@@ -111,6 +113,7 @@ def add_training_flags(parser):
     t.add_argument("--lr_decay_start_epoch", type=cli.number(float, 0), default=400)
     t.add_argument("--weight_decay", type=cli.number(float, 0), default=0.02)
     t.add_argument("--grad_checkpointing", action="store_true")
+    t.add_argument("--compile", action="store_true", help="with --evaluate: the fast path; untried on a GPU")
     t.add_argument("--grad_clip", type=cli.number(float, 0), default=3.0, help="0 is none")
     t.add_argument("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
     t.add_argument("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
@@ -286,7 +289,8 @@ def evaluation_facts(args, model, weights_digest, tokenizer, device):
         "num_classes": model.config.num_classes,
         "img_size": model.config.grid_size * tokenizer.config.stride,
         "order_file_digest": file_digest(args.lpd_order_file) if args.lpd_order_file else "",
-        "precision": str(model.pos_embed.dtype).removeprefix("torch."), "device": dist.device_name(device),
+        "precision": str(model.pos_embed.dtype).removeprefix("torch."),
+        "compile": args.evaluate and args.compile, "device": dist.device_name(device),
         "torch": torch.__version__, "torch_fidelity": torch_fidelity.__version__, "numpy": numpy.__version__,
     }  # fmt: skip
 
@@ -397,7 +401,8 @@ def sweep(args, grid_size):
 
 
 def prepare_evaluations(args, world):
-    """Model, tokenizer and a function from a number of images to the evaluations, all loaded and checked."""
+    """Model, tokenizer, a function from a number of images to the evaluations, and `generate` as of
+    `Evaluation.run`, all loaded and checked."""
     tokenizer = load_tokenizer(args.vqgan_path).to(world.device)
     cli.check_tokenizer_flags(args, tokenizer.config)
     model, info = load_lpd(args.pretrained_ckpt, args.model)
@@ -415,20 +420,24 @@ def prepare_evaluations(args, world):
             for settings in variants
         ]
 
-    return model, tokenizer, evaluations
+    generate = None
+    if args.compile:
+        tokenizer = FastDecoder(tokenizer, model.pos_embed.dtype)
+        generate = FastGenerator(model).generate_tokens
+    return model, tokenizer, evaluations, generate
 
 
 def run_evaluation(args, world):
     with cli.checking():
-        model, tokenizer, evaluations = prepare_evaluations(args, world)
+        model, tokenizer, evaluations, generate = prepare_evaluations(args, world)
         first = evaluations(args.num_images)
         final = evaluations(args.final_images) if args.final_images else []
     with cli.sole_writer("--output_dir", args.output_dir, world):
-        results = [evaluation.run(model, tokenizer, world) for evaluation in first]
+        results = [evaluation.run(model, tokenizer, world, generate=generate) for evaluation in first]
         if final:
             best = dist.gather_objects(best_setting(results) if world.is_main else None)[0]
             chosen = [evaluation for evaluation in final if setting_key(evaluation.protocol) == best]
-            results += [evaluation.run(model, tokenizer, world) for evaluation in chosen]
+            results += [evaluation.run(model, tokenizer, world, generate=generate) for evaluation in chosen]
         if world.is_main:
             report(args, results)
 

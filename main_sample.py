@@ -11,6 +11,7 @@ import dataclasses
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import load_lpd, load_tokenizer, state_digest
+from engine.fast_generate import FastGenerator
 from engine.generate import generate_images, generate_tokens
 from engine.settings import resolve_settings
 from models.lpd import LPD_CONFIGS
+from models.vqgan import FastDecoder
 from orders.measure import steps_of_cells
 from orders.schedule import cosine_group_sizes
 from util import cli, dist, pictures
@@ -54,6 +57,7 @@ def parse_args(argv=None):
     )
     cli.add_seed_flag(parser)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="generate by the fast path; untried on a GPU")
     cli.add_device_flags(parser)
     cli.add_generation_flags(parser)
     return parser.parse_args(argv)
@@ -107,24 +111,23 @@ class Timing:
     in_batch: float
 
 
-def timed(model, tokenizer, settings, labels, image_ids, device):
+def timed(make, settings, labels, image_ids, device):
     """Images of one batch as uint8 [b, H, W, 3] on the CPU, and the seconds they took."""
     orders = settings.orders(image_ids)
     dist.synchronize(device)
     start = time.perf_counter()
-    images = generate_images(
-        model, tokenizer, labels, orders, settings.group_sizes, image_ids=torch.as_tensor(image_ids),
-        **settings.decoding(),
-    ).cpu()  # fmt: skip
+    images = make(
+        labels, orders, settings.group_sizes, image_ids=torch.as_tensor(image_ids), **settings.decoding()
+    ).cpu()
     return images, time.perf_counter() - start
 
 
-def generate(model, tokenizer, settings, labels, batch_size, device):
-    """Images of labels int64 [n] as uint8 [n, H, W, 3], and their Timing."""
+def generate(make, settings, labels, batch_size, device):
+    """Images of labels int64 [n] as uint8 [n, H, W, 3] by `make`, and their Timing."""
     steps = len(settings.group_sizes)
-    alone = [timed(model, tokenizer, settings, labels[:1], [0], device)[1] for _ in range(4)][1:]
+    alone = [timed(make, settings, labels[:1], [0], device)[1] for _ in range(4)][1:]
     made = [
-        timed(model, tokenizer, settings, labels[batch], batch.numpy(), device)
+        timed(make, settings, labels[batch], batch.numpy(), device)
         for batch in tqdm(torch.arange(len(labels)).split(batch_size), unit="batch", desc=f"{steps} steps")
     ]
     images, seconds = zip(*made, strict=True)
@@ -191,10 +194,10 @@ def load(args, device):
     return model.to(device, dtype), tokenizer.to(device), variants, labels, names
 
 
-def make_variant(args, output, model, tokenizer, settings, labels, names, device):
+def make_variant(args, output, make, settings, labels, names, device):
     """Generate and save the images of one setting; their sheet and their Timing."""
     steps = len(settings.group_sizes)
-    images, timing = generate(model, tokenizer, settings, labels, args.batch_size, device)
+    images, timing = generate(make, settings, labels, args.batch_size, device)
     save_images(output / f"images_{steps}_steps", images, labels, names)
     rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[:: args.num_per_class].tolist()]
     sheet = pictures.labelled_rows(images, rows, scale=max(1, 64 // images.shape[1]), title=f"{steps} steps")
@@ -221,12 +224,15 @@ def main(argv=None):
         model, tokenizer, variants, labels, names = load(args, world.device)
         prepare_output(args)
     output = Path(args.output_dir)
-    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16}
+    record = {
+        "settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16,
+        "compile": args.compile,
+    }  # fmt: skip
     write_json(output / RECORD, record)
-    made = [
-        make_variant(args, output, model, tokenizer, settings, labels, names, world.device)
-        for settings in variants
-    ]
+    make = partial(generate_images, model, tokenizer)
+    if args.compile:
+        make = FastGenerator(model, FastDecoder(tokenizer, model.pos_embed.dtype)).generate_images
+    made = [make_variant(args, output, make, settings, labels, names, world.device) for settings in variants]
     sheets, timings = zip(*made, strict=True)
     pictures.save_png(output / "grid.png", sheets[0])
     if len(sheets) > 1:

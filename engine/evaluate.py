@@ -13,7 +13,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +209,10 @@ class Evaluation:
         """The chunks, in a folder beside the result."""
         return ChunkStore(self.path.with_suffix(".chunks"), self.protocol)
 
-    def run(self, model, tokenizer, world):
+    def run(self, model, tokenizer, world, *, generate=None):
         """Make what is missing, and the metrics. Every process of `world` takes part.
+
+        `generate` is used in place of `generate_tokens` of the model; `tokenizer` needs only `decode`.
 
         Run again after a kill it goes on with the missing chunks and ends with the same numbers; run again
         when finished it gives the written result.
@@ -229,7 +231,9 @@ class Evaluation:
                 self.store.begin()
                 self.keep.begin(self.protocol)
             dist.barrier()
-            fill_chunks(self, plan[world.rank :: world.size], model, tokenizer, world)
+            generate = generate or partial(generate_tokens, model)
+            made = partial(generated_images, generate, tokenizer, model.config.num_classes)
+            fill_chunks(self, plan[world.rank :: world.size], made, world)
             dist.barrier()
         if not world.is_main:
             return None
@@ -239,17 +243,19 @@ class Evaluation:
         return read_json(self.path)
 
 
-def generated_images(model, tokenizer, settings, ids, num_images, batch_size, stopwatch):
-    """Images with these numbers, in batches.
+def generated_images(
+    generate, tokenizer, num_classes, settings, ids, num_images, batch_size, stopwatch
+):  # fmt: skip
+    """Images with these numbers, in batches; `generate` is `generate_tokens` of a model.
 
     Yields:
         (image ids int64 [b], uint8 [b, H, W, 3] on the device)
     """
     for batch in ids.split(batch_size):
-        labels = balanced_label(batch, num_images, model.config.num_classes)
+        labels = balanced_label(batch, num_images, num_classes)
         with stopwatch("generate"):
-            tokens = generate_tokens(
-                model, labels, settings.orders(batch.numpy()), settings.group_sizes, image_ids=batch,
+            tokens = generate(
+                labels, settings.orders(batch.numpy()), settings.group_sizes, image_ids=batch,
                 **settings.decoding(),
             )  # fmt: skip
         with stopwatch("decode"), torch.inference_mode():
@@ -257,8 +263,8 @@ def generated_images(model, tokenizer, settings, ids, num_images, batch_size, st
         yield batch, images
 
 
-def fill_chunks(evaluation, chunks, model, tokenizer, world):
-    """Make these chunks. PNGs are written by other threads while the device goes on."""
+def fill_chunks(evaluation, chunks, made, world):
+    """Make these chunks, of the images that `made` gives. PNGs are written by other threads meanwhile."""
     store, stopwatch = evaluation.store, Stopwatch(world.device)
     total = sum(len(store.ids(chunk)) for chunk in chunks)
     with (
@@ -266,10 +272,9 @@ def fill_chunks(evaluation, chunks, model, tokenizer, world):
         ThreadPoolExecutor(4) as writers,
     ):
         for chunk in chunks:
-            images = generated_images(
-                model, tokenizer, evaluation.settings, store.ids(chunk), store.num_images,
-                evaluation.batch_size, stopwatch,
-            )  # fmt: skip
+            images = made(
+                evaluation.settings, store.ids(chunk), store.num_images, evaluation.batch_size, stopwatch
+            )
             arrays = measure(images, evaluation.judge.extractor, evaluation.keep, stopwatch, writers)
             store.write(chunk, {**arrays, "seconds": stopwatch.lap()})
             progress.update(len(store.ids(chunk)))

@@ -6,12 +6,19 @@ B images, L tokens of an image, V codes.
 
 import torch
 
-from engine.sampling import guidance_scales, guide, gumbel_noise, sample
+from engine.sampling import guidance_scales, guide, gumbel_noise, image_words, sample
 from models.lpd import NO_LABEL
 from util.images import to_uint8
 
 
-def _check(model, labels, order, group_sizes, cfg_schedule, image_ids, known):
+def decoding_inputs(
+    model, labels, order, group_sizes, *, cfg_schedule="linear", seed=0, image_ids=None, known=None
+):
+    """Labels, order and words for `decode_steps`, on the device, from arguments of `generate_tokens`.
+
+    Raises:
+        ValueError: arguments that do not fit the model or one another.
+    """
     config = model.config
     if order.shape != (len(labels), config.num_tokens):
         raise ValueError(f"order is {list(order.shape)}, needed is [{len(labels)}, {config.num_tokens}]")
@@ -19,14 +26,58 @@ def _check(model, labels, order, group_sizes, cfg_schedule, image_ids, known):
         raise ValueError(f"{len(image_ids)} image_ids for {len(labels)} labels")
     if not group_sizes or min(group_sizes) < 1:
         raise ValueError(f"group sizes must be 1 or more, not {list(group_sizes)}")
-    needed = config.num_tokens - known
+    needed = config.num_tokens - (0 if known is None else known.shape[1])
     if sum(group_sizes) != needed:
         raise ValueError(
             f"group sizes sum to {sum(group_sizes)}, the model has {config.num_tokens} tokens an image"
-            + (f", {needed} of them unknown" if known else "")
+            + (f", {needed} of them unknown" if needed < config.num_tokens else "")
         )
     if cfg_schedule not in ("linear", "constant"):
         raise ValueError(f"cfg_schedule is {cfg_schedule!r}, not linear or constant")
+    words = image_words(seed, torch.arange(len(labels)) if image_ids is None else image_ids)  # [B, 2]
+    device = model.pos_embed.device
+    return [x.to(device, torch.int64, non_blocking=True) for x in (labels, order, words)]
+
+
+def decode_steps(
+    model, labels, order, words, group_sizes, *, cfg=1.0, cfg_schedule="linear", temperature=1.0, top_k=0,
+    top_p=1.0, on_group=None, known=None,
+):  # fmt: skip
+    """All steps of `generate_tokens`, of checked arguments; `words` [B, 2] are from `image_words`.
+
+    Every shape follows from those of the arguments and nothing waits for the device, so that one GPU graph
+    can hold it all.
+    """
+    B, L = order.shape
+    guided = cfg != 1
+    branches = 2 if guided else 1
+    if guided:
+        labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])  # [2B]
+        scales = guidance_scales(cfg, cfg_schedule, L, order.device)  # [L]
+    kv_cache = model.new_kv_cache(branches * B)
+    query_table = model.query_table()  # [L, D]
+    context = model.embed_labels(labels)  # [2B, 1, D]
+    tokens = torch.zeros_like(order)
+    start = 0 if known is None else known.shape[1]
+    if start:
+        model.predict(context, context[:, :0], kv_cache)  # the class token by itself: it sees nothing known
+        known, positions = known.to(order.device), order[:, :start]
+        tokens.scatter_(1, positions, known)
+        context = model.embed_tokens(known, positions).repeat(branches, 1, 1)  # [2B, k, D]
+    for size in group_sizes:
+        positions = order[:, start : start + size]  # [B, size]
+        queries = query_table[positions].repeat(branches, 1, 1)  # [2B, size, D]
+        logits = model.predict(context, queries, kv_cache).float()  # [2B, size, V]
+        if guided:
+            logits = guide(*logits.chunk(2), scales[start : start + size])  # [B, size, V]
+        noise = None if temperature == 0 else gumbel_noise(words, positions, logits.shape[-1])
+        ids = sample(logits, noise, temperature=temperature, top_k=top_k, top_p=top_p)  # [B, size]
+        tokens.scatter_(1, positions, ids)
+        context = model.embed_tokens(ids, positions).repeat(branches, 1, 1)  # [2B, size, D]
+        start += size
+        if on_group is not None:
+            on_group(tokens, start)
+    return tokens
 
 
 @torch.inference_mode()
@@ -52,39 +103,14 @@ def generate_tokens(
     Returns:
         int64 [B, L], raster order.
     """
-    start = 0 if known is None else known.shape[1]
-    _check(model, labels, order, group_sizes, cfg_schedule, image_ids, start)
-    device = model.pos_embed.device
-    labels, order = labels.to(device), order.to(device, torch.int64)
-    B, L = order.shape
-    image_ids = torch.arange(B, device=device) if image_ids is None else image_ids.to(device)
-    guided = cfg != 1
-    branches = 2 if guided else 1
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])  # [2B]
-    kv_cache = model.new_kv_cache(branches * B)
-    context = model.embed_labels(labels)  # [2B, 1, D]
-    tokens = torch.zeros(B, L, dtype=torch.int64, device=device)
-    if start:
-        none = order[:, :0].repeat(branches, 1)
-        model.predict(context, none, kv_cache)  # the class token by itself: it does not see the known
-        known, positions = known.to(device), order[:, :start]
-        tokens.scatter_(1, positions, known)
-        context = model.embed_tokens(known, positions).repeat(branches, 1, 1)  # [2B, k, D]
-    for size in group_sizes:
-        positions = order[:, start : start + size]  # [B, size]
-        logits = model.predict(context, positions.repeat(branches, 1), kv_cache).float()  # [2B, size, V]
-        if guided:
-            scales = guidance_scales(cfg, cfg_schedule, start, size, L)
-            logits = guide(*logits.chunk(2), torch.tensor(scales, device=device))  # [B, size, V]
-        noise = None if temperature == 0 else gumbel_noise(seed, image_ids, positions, logits.shape[-1])
-        ids = sample(logits, noise, temperature=temperature, top_k=top_k, top_p=top_p)  # [B, size]
-        tokens.scatter_(1, positions, ids)
-        context = model.embed_tokens(ids, positions).repeat(branches, 1, 1)  # [2B, size, D]
-        start += size
-        if on_group is not None:
-            on_group(tokens, start)
-    return tokens
+    inputs = decoding_inputs(
+        model, labels, order, group_sizes, cfg_schedule=cfg_schedule, seed=seed, image_ids=image_ids,
+        known=known,
+    )  # fmt: skip
+    return decode_steps(
+        model, *inputs, group_sizes, cfg=cfg, cfg_schedule=cfg_schedule, temperature=temperature, top_k=top_k,
+        top_p=top_p, on_group=on_group, known=known,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

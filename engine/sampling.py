@@ -8,17 +8,16 @@ import torch
 MASK_32 = 0xFFFFFFFF
 
 
-def guidance_scales(cfg, schedule, start, size, num_tokens):
-    """Guidance scale of the slots start..start+size-1.
-
-    `constant`: cfg. `linear`: 1 + (cfg - 1) t / L at slot t of L (arXiv 2507.01957).
+def guidance_scales(cfg, schedule, num_tokens, device=None):
+    """Guidance scale of every slot: `constant`: cfg. `linear`: 1 + (cfg - 1) t / L at slot t of L
+    (arXiv 2507.01957).
 
     Returns:
-        list of floats.
+        float32 [L], made on the device: nothing waits for it.
     """
     if schedule == "constant":
-        return [cfg] * size
-    return [1 + (cfg - 1) * slot / num_tokens for slot in range(start, start + size)]
+        return torch.full((num_tokens,), cfg, dtype=torch.float32, device=device)
+    return 1 + (cfg - 1) * torch.arange(num_tokens, device=device) / num_tokens
 
 
 def guide(cond, uncond, scales):
@@ -39,25 +38,35 @@ def _as_int32(x):
 
 
 def _image_word(seed, image_ids, start):
-    """32 bits [B] that depend on the seed and the image's id."""
     word = torch.full_like(image_ids, start)
     for part in (seed & MASK_32, (seed >> 32) & MASK_32, image_ids & MASK_32, image_ids >> 32):
         word = _mix((word + 0x9E3779B9 & MASK_32) ^ part)
     return word
 
 
-def gumbel_noise(seed, image_ids, positions, vocab_size):
+def image_words(seed, image_ids):
+    """64 bits of each image that depend on the seed and the image's id: what its noise begins with.
+
+    Args:
+        seed: int in 0..2^64-1. image_ids: int64 [B] >= 0.
+    Returns:
+        int64 [B, 2], two words of 32 bits.
+    """
+    return torch.stack([_image_word(seed, image_ids, start) for start in (0x9E3779B9, 0x7F4A7C15)], dim=1)
+
+
+def gumbel_noise(words, positions, vocab_size):
     """Standard Gumbel noise that depends on (seed, image id, grid position, code) alone.
 
     Counter-based: a hash of the four numbers, with no generator state, so an image's noise is the same in
     any batch, on any process and on any device, and decoding never waits for a generator.
 
     Args:
-        seed: int in 0..2^64-1. image_ids: int64 [B] >= 0. positions: int64 [B, n].
+        words: int64 [B, 2] from `image_words`. positions: int64 [B, n].
     Returns:
         float32 [B, n, V].
     """
-    first, second = (_image_word(seed, image_ids, start)[:, None] for start in (0x9E3779B9, 0x7F4A7C15))
+    first, second = words[:, :1], words[:, 1:]
     # Two words of each row, both of all 64 bits of the image's: an offset and an odd factor for every code.
     offset = _mix(_mix(first ^ positions) + second & MASK_32)[..., None]  # [B, n, 1]
     factor = _mix(_mix(second ^ positions) + first & MASK_32)[..., None] | 1  # [B, n, 1]
@@ -70,7 +79,8 @@ def gumbel_noise(seed, image_ids, positions, vocab_size):
 
 
 def keep_top_k(logits, k):
-    """Logits [..., V] with all but the k largest at -inf. k = 0 keeps all."""
+    """Logits [..., V] with all but the k largest, and those equal to the last of them, at -inf. k = 0 keeps
+    all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     least = logits.topk(k, dim=-1).values[..., -1:]
@@ -78,14 +88,22 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """Logits [..., V] with all at -inf but the likeliest codes whose probability together first reaches p."""
+    """Logits [..., V] with all at -inf but the likeliest codes whose probability together first reaches p.
+
+    Codes as likely as the last of them are kept too. The least probability kept is found bit by bit: always
+    30 sums, no sort.
+    """
     if p >= 1:
         return logits
-    ranked, index = logits.sort(dim=-1, descending=True)
-    probability = ranked.softmax(dim=-1)
-    before = probability.cumsum(dim=-1) - probability  # of the codes ranked above
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= max(p, 1e-12))
-    return logits.masked_fill(dropped, float("-inf"))
+    probability = logits.softmax(dim=-1)
+    bits = probability.view(torch.int32)  # those of floats above 0 are ordered as the floats
+    least = torch.zeros_like(bits[..., :1])  # becomes the largest with which enough is kept
+    for bit in reversed(range(30)):  # 1.0 is below 2^30
+        higher = least | 1 << bit
+        enough = probability.masked_fill(bits < higher, 0).sum(dim=-1, keepdim=True) >= p
+        least = torch.where(enough, higher, least)
+    least = torch.minimum(least, bits.amax(dim=-1, keepdim=True))  # p = 0 keeps the likeliest
+    return logits.masked_fill(bits < least, float("-inf"))
 
 
 def sample(logits, noise, *, temperature=1.0, top_k=0, top_p=1.0):

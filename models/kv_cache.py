@@ -17,19 +17,18 @@ class KVCache:
     """
 
     def __init__(self, depth, batch, heads, max_rows, head_dim, *, dtype, device):
-        shape = (depth, batch, heads, max_rows, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (depth, 2, batch, heads, max_rows, head_dim)  # keys, then values
+        self.rows = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
-    def extend(self, layer, keys, values):
-        """Write the step's rows [B, H, n, d] of a layer; return all its rows [B, H, length + n, d]."""
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"KV cache holds {self.keys.shape[3]} rows, {end} are needed")
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, layer, rows):
+        """Write the step's keys and values [B, n, 2, H, d] of a layer; return all of its keys and all of its
+        values, each [B, H, length + n, d]."""
+        end = self.length + rows.shape[1]
+        if end > self.rows.shape[4]:
+            raise ValueError(f"KV cache holds {self.rows.shape[4]} rows, {end} are needed")
+        self.rows[layer, ..., self.length : end, :] = rows.permute(2, 0, 3, 1, 4)
+        return self.rows[layer, ..., :end, :]
 
     def keep(self, num_rows):
         """Keep the first `num_rows` rows of the step that was written last."""

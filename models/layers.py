@@ -34,15 +34,34 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, kv_cache=None):
+    def forward(self, x, mask=None):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
-        if kv_cache is not None:
-            k, v = kv_cache.extend(self.layer, k, v)  # [B, H, M, d]
         x = attend(q, k, v, mask)  # [B, H, N, d]
         x = x.transpose(1, 2).reshape(B, N, D)
         return self.proj_drop(self.proj(x))
+
+    def decode(self, x, kv_cache, num_context, first):
+        """One decoding step, behind the rows kept in the cache: two attentions without a mask are exact.
+
+        Args:
+            x: [B, N, D], `num_context` context rows, which do not see the others, then query rows, which see
+                all. kv_cache: takes the keys and values of all N.
+            first: rows before it need no result.
+        Returns:
+            [B, N - first, D].
+        """
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q = qkv[:, :, 0].transpose(1, 2)  # [B, H, N, d]
+        k, v = kv_cache.extend(self.layer, qkv[:, :, 1:])  # [B, H, M, d]
+        seen = k.shape[2] - N + num_context  # rows that the context sees
+        parts = [attend(q[:, :, num_context:], k, v)]
+        if first < num_context:
+            parts.insert(0, attend(q[:, :, first:num_context], k[:, :, :seen], v[:, :, :seen]))
+        x = torch.cat([part.transpose(1, 2) for part in parts], dim=1)  # [B, N - first, H, d]
+        return self.proj(x.flatten(2))
 
 
 class MLP(nn.Module):
@@ -68,6 +87,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
 
-    def forward(self, x, mask=None, kv_cache=None):
-        x = x + self.attn(self.norm1(x), mask, kv_cache)  # [B, N, D]
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.norm1(x), mask)  # [B, N, D]
         return x + self.mlp(self.norm2(x))  # [B, N, D]
+
+    def decode(self, x, kv_cache, num_context, first=0):
+        """One decoding step, as `Attention.decode`."""
+        x = x[:, first:] + self.attn.decode(self.norm1(x), kv_cache, num_context, first)  # [B, N - first, D]
+        return x + self.mlp(self.norm2(x))  # [B, N - first, D]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.kv_cache import KVCache
 from models.layers import Block
-from models.masks import cached_training_mask, decoding_mask
+from models.masks import cached_training_mask
 
 NO_LABEL = -1  # the label of an image without one: `fake_latent` stands for its class embedding
 
@@ -131,6 +131,10 @@ class LPD(nn.Module):
         """grid positions [B, n] -> position query tokens [B, n, D]."""
         return self.z_proj_ln(self.mask_token + self.pos_embed[0, 1 + positions])
 
+    def query_table(self):
+        """The position query tokens of all places [L, D]: a query depends on its place alone."""
+        return self.z_proj_ln(self.mask_token[0] + self.pos_embed[0, 1:])
+
     # The transformer, all groups at once (training) or one group at a time (decoding).
 
     def forward(self, tokens, labels, order, group_sizes):
@@ -164,23 +168,25 @@ class LPD(nn.Module):
                 x = block(x, mask)
         return self.head(self.norm(x[:, L:]))  # [B, L, V]
 
-    def predict(self, context, query_positions, kv_cache):
+    def predict(self, context, queries, kv_cache):
         """One decoding step: takes in the newest context, predicts the tokens at any places, all at once.
+
+        Has no dropout, and waits for no device.
 
         Args:
             context: [B, c, D] from `embed_labels` (first step) or `embed_tokens` (the group before).
-            query_positions: int64 [B, n], places to predict.
+            queries: [B, n, D], of the places to predict, from `query_table`.
             kv_cache: from `new_kv_cache`; afterwards it also holds the c context rows.
         Returns:
             logits [B, n, V].
         """
         c = context.shape[1]
-        x = torch.cat([context, self.embed_queries(query_positions)], dim=1)  # [B, c + n, D]
-        mask = decoding_mask(kv_cache.length, c, query_positions.shape[1]).to(x.device)
-        for block in self.blocks:
-            x = block(x, mask, kv_cache)  # [B, c + n, D]
+        x = torch.cat([context, queries], dim=1)  # [B, c + n, D]
+        for block in self.blocks[:-1]:
+            x = block.decode(x, kv_cache, c)  # [B, c + n, D]
+        x = self.blocks[-1].decode(x, kv_cache, c, first=c)  # [B, n, D]: of the context, keys and values do
         kv_cache.keep(c)
-        return self.head(self.norm(x[:, c:]))  # [B, n, V]
+        return self.head(self.norm(x))  # [B, n, V]
 
     def new_kv_cache(self, batch):
         """An empty KV cache for one whole generation of `batch` images."""

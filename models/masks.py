@@ -37,16 +37,3 @@ def cached_training_mask(group_sizes, device):
     """`training_mask` on a device, prepared once per schedule (32 schedules are kept)."""
     with torch.inference_mode(False):  # so that one built while sampling serves a training step too
         return training_mask(group_sizes).to(device)
-
-
-def decoding_mask(num_past, num_context, num_queries):
-    """The mask of one decoding step: new context rows, then query rows, over all keys so far.
-
-    New context sees the past and itself, never the queries; queries see everything.
-
-    Returns:
-        bool tensor [num_context + num_queries, num_past + num_context + num_queries].
-    """
-    mask = torch.ones(num_context + num_queries, num_past + num_context + num_queries, dtype=torch.bool)
-    mask[:num_context, num_past + num_context :] = False
-    return mask

@@ -197,6 +197,18 @@ def test_digest_of_weights_is_the_files_also_in_bfloat16(pixels, digests, tmp_pa
     assert (result["weights_digest"], result["precision"]) == (digests[0], "bfloat16")
 
 
+def test_the_fast_path_gives_the_same_metrics(pixels, tmp_path):
+    """Relative 1e-3: one grey level in some pixels, where products sum in another order. Six images in
+    batches of four: the last batch is padded."""
+    results = []
+    for compiled in (None, True):
+        finished(call("lpd", *evaluate_flags(tmp_path / str(compiled), cfg=2.0, compile=compiled)))
+        (path,) = (tmp_path / str(compiled)).glob("*.json")
+        results.append(json.loads(path.read_text()))
+    assert [result["compile"] for result in results] == [False, True]
+    assert results[1]["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-3)
+
+
 def test_seconds_of_a_killed_run_are_kept(models, tmp_path, monkeypatch):
     """Each chunk holds its own: the clock is made to tick once a call."""
     ticks = iter(range(10**6))

@@ -44,7 +44,12 @@ class MockModel:
     def embed_tokens(self, tokens, positions):
         return torch.stack([tokens, positions], dim=-1)
 
-    def predict(self, context, positions, kv_cache):
+    def query_table(self):
+        return torch.arange(16)[:, None]
+
+    def predict(self, context, queries, kv_cache):
+        """queries are the places themselves [B, n, 1]."""
+        positions = queries[..., 0]
         self.contexts.append(context)
         self.positions.append(positions)
         return torch.where(self.has_label[:, None, None], self.cond[positions], self.uncond[positions])

@@ -44,7 +44,7 @@ def test_cached_decoding_equals_the_masked_pass(tiny_lpd, group_sizes, kind):
         expected = tiny_lpd(tokens, labels, order, group_sizes)
         kv_cache, context, logits = tiny_lpd.new_kv_cache(3), tiny_lpd.embed_labels(labels), []
         for positions in order.split(group_sizes, dim=1):
-            logits.append(tiny_lpd.predict(context, positions, kv_cache))
+            logits.append(tiny_lpd.predict(context, tiny_lpd.query_table()[positions], kv_cache))
             context = tiny_lpd.embed_tokens(tokens.gather(1, positions), positions)
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_a_full_kv_cache_refuses_more_rows_with_both_numbers(tiny_lpd):
     kv_cache = tiny_lpd.new_kv_cache(1)
     kv_cache.keep(10)
     with pytest.raises(ValueError, match="17 rows, 18 are needed"):
-        kv_cache.extend(0, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+        kv_cache.extend(0, torch.zeros(1, 8, 2, 4, 8))
 
 
 @pytest.mark.parametrize("mask", [None, training_mask((1, 3, 5, 7))], ids=["unmasked", "masked"])

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from models.masks import decoding_mask, training_mask
+from models.kv_cache import KVCache
+from models.layers import Attention
+from models.masks import training_mask
 
 # Columns: the class token and the tokens at slots 0..4, then the queries of slots 0..5; rows alike.
 GROUPS_1_2_3 = """
@@ -43,8 +45,25 @@ def test_training_mask_is_the_one_drawn_by_hand():
     assert torch.equal(training_mask((1, 2, 3)), picture(GROUPS_1_2_3))
 
 
-def test_decoding_mask_is_the_one_drawn_by_hand():
-    assert torch.equal(decoding_mask(2, 2, 3), picture(DECODING_2_2_3))
+@torch.no_grad()
+def decoded(rows):
+    """What a decoding step makes of two rows of context and three queries, after two rows kept."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, 0.0, layer=0)
+    kv_cache = KVCache(1, 1, 2, 7, 4, dtype=torch.float32, device="cpu")
+    attention.decode(rows[None, :2], kv_cache, 2, 0)
+    kv_cache.keep(2)
+    return attention.decode(rows[None, 2:], kv_cache, 2, 0)[0]
+
+
+def test_decoding_looks_where_it_is_drawn_by_hand():
+    """A row that is looked at changes the result, one that is not changes no bit of it."""
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))
+    before = decoded(rows)
+    looked = torch.stack([
+        (decoded(rows + torch.eye(7)[:, [column]]) != before).any(dim=1) for column in range(7)
+    ], dim=1)  # fmt: skip
+    assert torch.equal(looked, picture(DECODING_2_2_3))
 
 
 @pytest.mark.parametrize("group_sizes", [(1,) * 16, (1, 3, 5, 7), (1, 15)])

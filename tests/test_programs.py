@@ -198,6 +198,14 @@ def test_pictures_are_the_same_again_and_for_any_batch_size_and_others_for_anoth
         assert np.abs(image.astype(int) - other[name]).max() > 1
 
 
+def test_the_fast_path_gives_the_same_pictures(tmp_path, sampled):
+    """Within one grey level: products and convolutions sum in another order."""
+    finished(call("sample", *sample_flags(tmp_path), "--compile"))
+    first, fast = images_of(sampled), images_of(tmp_path)
+    assert first.keys() == fast.keys()
+    assert max(np.abs(first[name].astype(int) - fast[name]).max() for name in first) <= 1
+
+
 def test_overwriting_replaces_an_earlier_run_of_ours_and_nothing_else(tmp_path, sampled):
     folder = tmp_path / "out"
     finished(call("sample", *sample_flags(folder, compare_steps=8), "--classes", "bars"))

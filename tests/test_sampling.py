@@ -4,13 +4,15 @@ False-alarm probabilities are those over seeds; with the seeds written here ever
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from engine.sampling import guidance_scales, guide, gumbel_noise, keep_top_k, keep_top_p, sample
+from engine import sampling
+from engine.sampling import guidance_scales, guide, image_words, keep_top_k, keep_top_p, sample
 
 INF = float("inf")
 
@@ -22,6 +24,10 @@ def ids(*values):
     return torch.tensor(values)
 
 
+def gumbel_noise(seed, image_ids, positions, vocab_size):
+    return sampling.gumbel_noise(image_words(seed, image_ids), positions, vocab_size)
+
+
 def noise_of(seed, n, vocab_size):
     """Noise [n, 1, V] of n images at position 0."""
     return gumbel_noise(seed, torch.arange(n), torch.zeros(n, 1, dtype=torch.int64), vocab_size)
@@ -31,12 +37,12 @@ def noise_of(seed, n, vocab_size):
 
 
 def test_linear_guidance_scales_by_hand():
-    """1 + (5 - 1) t / 16 at slots 4, 5, 6."""
-    assert guidance_scales(5.0, "linear", 4, 3, 16) == [2.0, 2.25, 2.5]
+    """1 + (5 - 1) t / 4."""
+    assert guidance_scales(5.0, "linear", 4).tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_constant_guidance_scales_by_hand():
-    assert guidance_scales(5.0, "constant", 4, 3, 16) == [5.0, 5.0, 5.0]
+    assert guidance_scales(5.0, "constant", 3).tolist() == [5.0, 5.0, 5.0]
 
 
 def test_guide_by_hand():
@@ -86,6 +92,27 @@ def test_top_p_keeps_the_least_sufficient_set(p):
     assert (total >= p - 1e-5).all()
     assert (total - least < p + 1e-5).all()
     assert (probability.masked_fill(kept, 0.0).amax(dim=-1) <= least).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.99])
+def test_top_p_keeps_what_a_sort_keeps(p):
+    """In float64; a boundary within 1e-6 of p, where float32 may decide otherwise, is left out."""
+    logits = torch.randn(200, 500, generator=torch.Generator().manual_seed(1)) * 3
+    ranked, index = logits.double().softmax(dim=-1).sort(dim=-1, descending=True)
+    before = ranked.cumsum(dim=-1) - ranked  # of the codes ranked above
+    clear = ((before - p).abs() > 1e-6).all(dim=-1)
+    expected = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before < p)
+    assert clear.sum() > 190
+    assert torch.equal(keep_top_p(logits, p).isfinite()[clear], expected[clear])
+
+
+@pytest.mark.parametrize(
+    "cut", [partial(keep_top_p, p=0.5), partial(keep_top_k, k=2)], ids=["top_p", "top_k"]
+)
+def test_codes_equal_to_the_last_kept_are_kept_too(cut):
+    """0.4 and one 0.2 are the least sufficient set, and the two largest."""
+    assert cut(torch.tensor([0.2, 0.4, 0.2, 0.2]).log()).isfinite().all()
+    assert cut(torch.tensor([0.2, 0.4, 0.3, 0.1]).log()).isfinite().sum() == 2
 
 
 # sample

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.vqgan import Codebook, VQConfig, VQModel
+from models.vqgan import Codebook, FastDecoder, VQConfig, VQModel
 
 
 def random_pixels(n):
@@ -165,3 +165,39 @@ def test_the_gradient_of_the_pixels_goes_straight_through_to_the_latents(tiny_vq
     for parameter, grad in zip(tiny_vq.encoder.parameters(), through, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-6)
     assert tiny_vq.encoder.conv_in.weight.grad.abs().max() > 1e-5
+
+
+# the fast decoder
+
+
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_fast_decoder_in_float32_gives_the_same_pixels(tiny_vq, fused):
+    """1e-4: the same fp32 sums in another order, through ten convolutions; pixels are of size 1."""
+    tokens = torch.arange(48).view(3, 16) % 32
+    with torch.inference_mode():
+        expected = tiny_vq.decode(tokens)
+        pixels = FastDecoder(tiny_vq, torch.float32, fused=fused).decode(tokens)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
+
+
+def test_fast_decoder_in_bfloat16_stays_near_in_float32(tiny_vq):
+    """bfloat16 has 8 bits: 2^-8 of a value a rounding, a few of which add up over ten layers."""
+    tokens = torch.arange(48).view(3, 16) % 32
+    with torch.inference_mode():
+        expected, pixels = tiny_vq.decode(tokens), FastDecoder(tiny_vq).decode(tokens)
+    assert pixels.dtype == torch.float32
+    assert (pixels - expected).square().mean() < (2**-6 * expected.std()) ** 2
+
+
+def test_fast_decoder_leaves_the_tokenizer_as_it_was(tiny_vq):
+    before = {name: value.clone() for name, value in tiny_vq.state_dict().items()}
+    FastDecoder(tiny_vq)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_vq.state_dict().items())
+    assert all(parameter.is_contiguous() for parameter in tiny_vq.parameters())
+
+
+def test_fast_decoder_refuses_tokens_of_no_square_image(tiny_vq):
+    with pytest.raises(ValueError, match="15 tokens make no square"):
+        FastDecoder(tiny_vq).decode(torch.zeros(1, 15, dtype=torch.int64))

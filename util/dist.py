@@ -193,6 +193,41 @@ def timing_event(device):
     return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else _ClockEvent(device)
 
 
+class GraphCapture:
+    """Turns functions without arguments into replays of themselves; all graphs share one memory pool.
+
+    On a CUDA GPU `capture(function)` runs the function twice to warm up, once more to record a CUDA graph,
+    and returns a callable that replays the graph and returns the very tensor of the recording. The next
+    replay of any graph of this pool may overwrite it: clone it before. The function must not wait for the
+    device, and every tensor that it reads must stay where it is. Elsewhere it returns the function.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, function):
+        if self.pool is None:
+            return function
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries choose kernels and take their workspaces
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            mode = "thread_local"  # NCCL's own thread asks for events meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
+                output = function()
+
+        def replay():
+            graph.replay()
+            return output
+
+        return replay
+
+
 def device_name(device):
     """The name of a device: a CUDA GPU's model, else its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
