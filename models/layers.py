@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention; q [B, H, N, d], k and v [B, H, M, d].
 
-    The mask is [N, M], bool (True = may see) or to be added to the scores, or a BlockMask for FlexAttention,
-    which is meant to be compiled. Training on a CPU spells the products out: the fused kernel's backward there
-    takes nearly twice as long as the whole step without it (measured, 128 rows).
+    The mask is [N, M], bool (True = may see) or added to the scores; or a BlockMask, for FlexAttention, which
+    is to be compiled. Training on a CPU spells the products out: the fused kernel's backward there takes
+    nearly twice as long as the whole step without it (measured, 128 rows).
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)

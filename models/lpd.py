@@ -60,7 +60,7 @@ LPD_CONFIGS = {
 
 
 def run_block(block, x, mask):
-    """A training pass through a block; x [B, 2L, D]. What is compiled is this: once, for any block and mask."""
+    """A training pass through a block; x [B, 2L, D]. What is compiled is this, once for all blocks."""
     return block(x, mask)
 
 
