@@ -217,7 +217,8 @@ def lpd_loss(logits, tokens, order):
 
 
 def chunked_loss(head, x, targets, rows):
-    """Mean cross-entropy of head(x); logits are made for `rows` rows at a time, in the backward pass again.
+    """Mean cross-entropy of head(x). Of more than `rows` rows the logits are made so many at a time, and once
+    more in the backward pass.
 
     Args:
         head: module from [n, D] to logits [n, V]. x: [N, D]. targets: int64 [N].
@@ -228,6 +229,8 @@ def chunked_loss(head, x, targets, rows):
     def summed(x, targets):
         return F.cross_entropy(head(x).float(), targets, reduction="sum")
 
+    if len(targets) <= rows:
+        return summed(x, targets) / len(targets)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum() / len(targets)
