@@ -1,0 +1,79 @@
+"""Measuring, for every benchmark: times, the machine's own rates, and what stands beside a result's figures.
+
+Rates are measured, never looked up: a share of them is of this machine as it was in this run. Does not know
+what is measured.
+"""
+
+import platform
+import resource
+import shlex
+import sys
+import time
+from datetime import date
+from statistics import median
+
+import torch
+
+from util import dist
+
+
+def seconds_in_turns(functions, device, *, n=5, warm_up=1):
+    """Seconds of each call of several functions, called in turns: load from elsewhere meets all of them.
+
+    Args:
+        functions: dict of name -> callable without arguments. n: timed calls of each. warm_up: calls before.
+    Returns:
+        dict of name -> list of n seconds.
+    """
+    seconds = {name: [] for name in functions}
+    for turn in range(-warm_up, n):
+        for name, function in functions.items():
+            dist.synchronize(device)
+            start = time.perf_counter()
+            function()
+            dist.synchronize(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_seconds(function, device, *, n=5, warm_up=1):
+    """The median of the seconds of n calls."""
+    return median(seconds_in_turns({"": function}, device, n=n, warm_up=warm_up)[""])
+
+
+def matmul_rate(device, dtype, *, size=None):
+    """Operations a second (two for each multiply-add) of a square matrix product, the best of several.
+
+    Args:
+        size: of the matrices; by default 2,048 on a CPU and 8,192 on a GPU, where both reach their rate.
+    """
+    size = size or (2048 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    calls = 1 if device.type == "cpu" else 10  # so that a GPU's launch does not count
+    times = seconds_in_turns({"": lambda: [torch.mm(a, b, out=out) for _ in range(calls)]}, device, n=7)[""]
+    return 2 * size**3 * calls / min(times)
+
+
+def bandwidth(device, *, num_bytes=2**29):
+    """Bytes a second of reading memory: a sum over `num_bytes` of float32, the best of several."""
+    x = torch.ones(num_bytes // 4, device=device)
+    calls = 1 if device.type == "cpu" else 10
+    times = seconds_in_turns({"": lambda: [x.sum() for _ in range(calls)]}, device, n=7)[""]
+    return num_bytes * calls / min(times)
+
+
+def record(device, **measured):
+    """What was measured, behind the date, the command, the device and the versions; for a JSON file."""
+    return {
+        "date": str(date.today()),
+        "command": shlex.join(sys.argv),
+        "device": dist.device_name(device),
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **measured,
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_device_memory_gb": round(dist.peak_memory(device) / 2**30, 2),
+    }
