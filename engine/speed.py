@@ -25,7 +25,7 @@ def compile_training(model, device, *, bf16=False, backend="inductor"):
     """
     model.run_block = torch.compile(run_block, dynamic=False, backend=backend)
     model.loss_rows = max(1, LOSS_LOGITS // model.config.vocab_size)
-    if dist.is_cuda(device):
+    if dist.is_nvidia(device):
         if 2 * model.config.num_tokens >= FLEX_ROWS:
             model.mask_of = cached_block_mask
         else:

@@ -96,7 +96,7 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-def is_cuda(device):
+def is_nvidia(device):
     """Whether the device is a CUDA GPU: only there some ways to compute exist, or pay."""
     return device.type == "cuda"
 
