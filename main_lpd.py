@@ -24,6 +24,7 @@ from engine.generate import generate_images
 from engine.guard import LossNotFinite
 from engine.metrics import load_statistics
 from engine.settings import resolve_settings
+from engine.speed import ResidentTokens, compile_training, fits
 from engine.sweep import best_setting, plot_sweep, setting_key, summarise, table, write_csv
 from engine.train import CachedTokens, EncodedImages, TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS
@@ -113,7 +114,7 @@ def add_training_flags(parser):
     t.add_argument("--lr_decay_start_epoch", type=cli.number(float, 0), default=400)
     t.add_argument("--weight_decay", type=cli.number(float, 0), default=0.02)
     t.add_argument("--grad_checkpointing", action="store_true")
-    t.add_argument("--compile", action="store_true", help="with --evaluate: the fast path; untried on a GPU")
+    t.add_argument("--compile", action="store_true", help="the fast ways; untried on a GPU")
     t.add_argument("--grad_clip", type=cli.number(float, 0), default=3.0, help="0 is none")
     t.add_argument("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
     t.add_argument("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
@@ -321,8 +322,12 @@ def prepare_training(args, world):
         cli.check_tokenizer_flags(args, tokenizer.config)
     source, shape, info = open_source(args, tokenizer, world)
     config = train_config(args, shape, info, source.num_images, world)
-    state = new_state(config, world.device)
+    state = new_state(config, world.device, fused=args.compile)
     state.model.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        compile_training(state.model, world.device, bf16=args.bf16)
+        if args.use_cached and fits(source.cache, world.device):
+            source = ResidentTokens(source.cache, world.device)
     own, other = (Path(p) / "checkpoint-last.pth" for p in (args.output_dir, args.resume or args.output_dir))
     last = own if own.exists() else other  # the same command again goes on where this run was killed
     if last.exists():

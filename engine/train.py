@@ -98,7 +98,10 @@ class TrainState:
             )
         check_same_config(path, checkpoint["train_config"], asdict(config))
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        saved = checkpoint["optimizer"]
+        for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]  # how steps are computed is this run's choice
+        self.optimizer.load_state_dict(saved)
         self.step, self.guard.skipped = checkpoint["step"], checkpoint.get("skipped", 0)
         for name, tensor in checkpoint["ema"].items():
             self.ema[name].copy_(tensor)
@@ -118,15 +121,16 @@ class TrainState:
             self.model.train()
 
 
-def new_state(config, device):
-    """A fresh model, AdamW (no weight decay on vectors) and, if asked for, the moving average."""
+def new_state(config, device, *, fused=False):
+    """A fresh model, AdamW (no weight decay on vectors; fused: one kernel for all weights) and, if asked for,
+    the moving average."""
     torch.manual_seed(config.seed)
     model = LPD(config.model).to(device)
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     others = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
         [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95),
+        lr=config.lr, betas=(0.9, 0.95), fused=fused,
     )  # fmt: skip
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     return TrainState(model, optimizer, ema)
@@ -172,15 +176,25 @@ class StepDraws:
     """The random choices of one step: group sizes for all, an order for each image of the global batch."""
 
     group_sizes: tuple[int, ...]
-    orders: torch.Tensor  # int64 [global_batch, L]
+    keys: torch.Tensor  # float32 [global_batch, L]; a position's turn is the rank of its key
+
+    @property
+    def orders(self):
+        """int64 [global_batch, L]."""
+        return orders_of(self.keys)
+
+
+def orders_of(keys):
+    """Keys [b, L] -> orders int64 [b, L]; stable, so that two equal keys are the same order on any device."""
+    return keys.argsort(dim=1, stable=True)
 
 
 def draw_step(config, step):
     """The same on every process, from (seed, step) alone."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     choice = torch.randint(len(config.schedules), (), generator=generator).item()
-    ranks = torch.rand(config.global_batch, config.model.num_tokens, generator=generator)
-    return StepDraws(config.schedules[choice], ranks.argsort(dim=1))
+    keys = torch.rand(config.global_batch, config.model.num_tokens, generator=generator)
+    return StepDraws(config.schedules[choice], keys)
 
 
 def train_step(state, model, config, world, accum_iter, micro_batches):
@@ -192,16 +206,17 @@ def train_step(state, model, config, world, accum_iter, micro_batches):
         (loss, norm of the gradient before clipping), tensors on the device.
     """
     draws = draw_step(config, state.step)
-    orders = own_part(draws.orders, world.rank, world.size, accum_iter)  # [accum, b, L]
+    keys = own_part(draws.keys, world.rank, world.size, accum_iter)  # [accum, b, L]
     torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + world.rank)  # dropout
-    total = torch.zeros((), device=world.device)
+    total, rows = torch.zeros((), device=world.device), state.model.loss_rows
     for i in range(accum_iter):
-        tokens, labels = (x.to(world.device) for x in next(micro_batches))
-        order = orders[i].to(world.device)
+        tokens, labels = (dist.to_device(x, world.device) for x in next(micro_batches))
+        order = orders_of(dist.to_device(keys[i], world.device))
         last = i == accum_iter - 1
         with nullcontext() if last or model is state.model else model.no_sync():
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-                loss = lpd_loss(model(tokens, labels, order, draws.group_sizes), tokens, order) / accum_iter
+                out = model(tokens, labels, order, draws.group_sizes, loss_rows=rows)
+                loss = (lpd_loss(out, tokens, order) if rows is None else out) / accum_iter
             backward(loss)
         total += loss.detach()
     clip = config.grad_clip or float("inf")

@@ -7,19 +7,23 @@ M rows attended to, D width, H heads, d = D / H.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 def attend(q, k, v, mask=None):
-    """Scaled dot-product attention; q [B, H, N, d], k and v [B, H, M, d], mask bool [N, M] (True = may see).
+    """Scaled dot-product attention; q [B, H, N, d], k and v [B, H, M, d].
 
-    Training on a CPU spells the products out: the fused kernel's backward there takes nearly twice as long as
-    the whole step without it (measured, 128 rows).
+    The mask is [N, M], bool (True = may see) or added to the scores; or a BlockMask, for FlexAttention, which
+    is to be compiled. Training on a CPU spells the products out: the fused kernel's backward there takes
+    nearly twice as long as the whole step without it (measured, 128 rows).
     """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, M]
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1).to(v.dtype) @ v  # [B, H, N, d]
 
 

@@ -59,6 +59,11 @@ LPD_CONFIGS = {
 }
 
 
+def run_block(block, x, mask):
+    """A training pass through a block; x [B, 2L, D]. What is compiled is this, once for all blocks."""
+    return block(x, mask)
+
+
 class LabelDropout(nn.Module):
     """In training, turns a label into NO_LABEL with probability `prob`: guidance needs the other branch."""
 
@@ -100,6 +105,9 @@ class LPD(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.grad_checkpointing = False
+        self.run_block = run_block  # or one compiled function, shared by all blocks
+        self.mask_of = cached_training_mask  # or another form of it, from (group_sizes, device)
+        self.loss_rows = None  # or what training is to give `forward`
         self.init_weights()
 
     def init_weights(self):
@@ -137,7 +145,7 @@ class LPD(nn.Module):
 
     # The transformer, all groups at once (training) or one group at a time (decoding).
 
-    def forward(self, tokens, labels, order, group_sizes):
+    def forward(self, tokens, labels, order, group_sizes, *, loss_rows=None):
         """Logits of every token given the groups before its own, in one masked pass.
 
         Args:
@@ -145,8 +153,9 @@ class LPD(nn.Module):
             labels: int64 [B].
             order: int64 [B, L]; order[b, t] is the raster position generated at slot t.
             group_sizes: tuple of ints that sum to L.
+            loss_rows: give the loss in place of the logits, which then never exist for more rows at once.
         Returns:
-            logits [B, L, V], in generation order.
+            logits [B, L, V], in generation order; with `loss_rows` what `lpd_loss` makes of them.
         """
         L = self.config.num_tokens
         if sum(group_sizes) != L:
@@ -160,13 +169,16 @@ class LPD(nn.Module):
             dim=1,
         )  # [B, L, D]
         x = torch.cat([context, self.embed_queries(order)], dim=1)  # [B, 2L, D]
-        mask = cached_training_mask(tuple(group_sizes), x.device)  # [2L, 2L]
+        mask = self.mask_of(tuple(group_sizes), x.device)  # [2L, 2L]
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(self.run_block, block, x, mask, use_reentrant=False)
             else:
-                x = block(x, mask)
-        return self.head(self.norm(x[:, L:]))  # [B, L, V]
+                x = self.run_block(block, x, mask)
+        x = self.norm(x[:, L:])  # [B, L, D]
+        if loss_rows is None:
+            return self.head(x)  # [B, L, V]
+        return chunked_loss(self.head, x.flatten(0, 1), generated.flatten(), loss_rows)
 
     def predict(self, context, queries, kv_cache):
         """One decoding step: takes in the newest context, predicts the tokens at any places, all at once.
@@ -208,6 +220,26 @@ def lpd_loss(logits, tokens, order):
     """
     targets = tokens.gather(1, order)  # [B, L]
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def chunked_loss(head, x, targets, rows):
+    """Mean cross-entropy of head(x). Of more than `rows` rows the logits are made so many at a time, and once
+    more in the backward pass.
+
+    Args:
+        head: module from [n, D] to logits [n, V]. x: [N, D]. targets: int64 [N].
+    Returns:
+        scalar, float32.
+    """
+
+    def summed(x, targets):
+        return F.cross_entropy(head(x).float(), targets, reduction="sum")
+
+    if len(targets) <= rows:
+        return summed(x, targets) / len(targets)
+    chunks = zip(x.split(rows), targets.split(rows), strict=True)
+    losses = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(losses).sum() / len(targets)
 
 
 def resize_pos_embed(pos_embed, grid_size):

@@ -165,6 +165,23 @@ class Later:
         return self._value.item()
 
 
+def to_device(tensor, device):
+    """The tensor on a device; the processor does not wait for a CUDA GPU to take it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def is_nvidia(device):
+    """Whether the device is a CUDA GPU: only there some ways to compute exist, or pay."""
+    return device.type == "cuda"
+
+
+def free_memory(device):
+    """Free bytes of the device's own memory; 0 where unknown or where it has none of its own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def synchronize(device):
     """Wait until the device has done its work (for timing)."""
     if device.type == "cuda":
