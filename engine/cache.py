@@ -41,7 +41,7 @@ def encode_views(tokenizer, images, device):
     """uint8 images, n of [H, W, 3] -> tokens int32 [n, 2, L] on the device, of the image and the mirrored
     image. A GPU is not waited for."""
     shape = (len(images), *images[0].shape)
-    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=dist.copies_from_pinned(device))
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=dist.is_nvidia(device))
     np.stack(images, out=pixels.numpy())
     pixels = to_unit(pixels.to(device, non_blocking=True))
     tokens = tokenizer.encode(torch.cat([pixels, pixels.flip(-1)]))  # [2n, L]

@@ -250,11 +250,6 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def copies_from_pinned(device):
-    """Whether a copy to the device from pinned memory goes on by itself."""
-    return device.type == "cuda"
-
-
 def peak_memory(device):
     """Most bytes of the device's own memory taken so far by this process's tensors; 0 where unknown."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
