@@ -77,17 +77,22 @@ def center_crop(image, size):
     return pixels[top : top + size, left : left + size]
 
 
-def load_image(path, size):
-    """An image file, centre-cropped: uint8 [size, size, 3].
+def read_image(path, mode="RGB"):
+    """An image file as a PIL image of that mode.
 
     Raises:
         UnreadableImage: no image, cut short, or larger than PIL's limit on pixels.
     """
     try:
         with Image.open(path) as image:
-            return center_crop(image.convert("RGB"), size)
+            return image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: {error}") from None
+
+
+def load_image(path, size):
+    """An image file, centre-cropped: uint8 [size, size, 3]. Raises UnreadableImage as `read_image` does."""
+    return center_crop(read_image(path), size)
 
 
 def to_unit(images):
