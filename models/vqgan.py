@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.pretrained import Pretrained
+
 
 @dataclass(frozen=True)
 class VQConfig:
@@ -187,8 +189,10 @@ class Codebook(nn.Module):
         return (F.normalize(z, dim=-1) @ codes.T).argmax(dim=-1)
 
 
-class VQModel(nn.Module):
+class VQModel(Pretrained, nn.Module):
     """Pixels to tokens and back."""
+
+    config_class = VQConfig
 
     def __init__(self, config):
         super().__init__()
