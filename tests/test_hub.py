@@ -1,6 +1,6 @@
-"""Weights and orders by name: a cache laid out as the hub's, folders like a repository, and scripts/export.py.
+"""Weights and orders by name: a cache laid out as the hub's, folders like a repository, scripts/export.py.
 
-There is no network here: what the library does with one is its own; what it keeps on disk is made by `publish`.
+There is no network here. What the library does with one is its own; what it keeps on disk `publish` makes.
 """
 
 import importlib.util
@@ -17,7 +17,14 @@ import torch
 from programs import call, call_main, finished
 from test_hostile_files import bare, safetensors, torch_zip
 
-from engine.checkpoint import load_either, load_lpd, load_tokenizer, save_checkpoint, save_weights, state_digest
+from engine.checkpoint import (
+    load_either,
+    load_lpd,
+    load_tokenizer,
+    save_checkpoint,
+    save_weights,
+    state_digest,
+)
 from models.lpd import LPD
 from models.vqgan import VQModel
 from util import cli, hub
@@ -30,7 +37,7 @@ COMMIT, OLDER = "1" * 40, "2" * 40
 
 
 def publish(cache, repo, files, commit=COMMIT, ref="main"):
-    """Lay files (name -> path) out as huggingface_hub does: blobs, a snapshot of links to them, a ref to it."""
+    """Lay files (name -> path) out as huggingface_hub does: blobs, a snapshot of links to them, its ref."""
     root = cache / f"models--{repo.replace('/', '--')}"
     for name, source in files.items():
         blob, link = root / "blobs" / f"{commit[0]}-{Path(name).name}", root / "snapshots" / commit / name
@@ -248,7 +255,7 @@ def test_local_mistake_is_told_before_anything_is_fetched(tmp_path, monkeypatch)
 
 
 def test_images_from_names_are_those_from_files(cache, tmp_path):
-    """main_sample as a process of its own; the weights by name, the tokenizer from a folder, orders by name."""
+    """main_sample as a process of its own: weights and orders by name, the tokenizer from a folder."""
     model, info = load_lpd(programs.trained() / "lpd.safetensors")
     publish(cache, "owner/lpd", saved(model, tmp_path / "lpd", **info))
     load_tokenizer(programs.tokenizer()).save_pretrained(tmp_path / "vq")
@@ -273,10 +280,10 @@ def test_token_cache_from_a_tokenizer_by_name(cache, tmp_path):
 
 
 def test_training_starts_from_weights_by_name(cache, tmp_path):
-    """No steps: what is saved is what was started from."""
+    """With a rate of 0 what is saved is what was started from."""
     model, info = load_lpd(programs.trained() / "lpd.safetensors")
     publish(cache, "owner/lpd", saved(model, tmp_path / "lpd", **info))
-    flags = programs.train_flags(tmp_path / "run", pretrained_ckpt="hf://owner/lpd", epochs=0)
+    flags = programs.train_flags(tmp_path / "run", pretrained_ckpt="hf://owner/lpd", epochs=0.2, lr=0)
     finished(call("lpd", *flags))
     assert equal(load_lpd(tmp_path / "run/lpd.safetensors")[0], model)
 
@@ -306,14 +313,17 @@ def test_card_says_sizes_digests_and_training(tmp_path):
     model, info = load_lpd(programs.trained() / "lpd.safetensors")
     assert text.startswith("---\nlicense: mit\n---\n")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    for value in (f"{parameters:,}", info["tokenizer_digest"], state_digest(model), "16x16 px", *info["class_names"]):
-        assert f"{value}" in text
+    digests = (info["tokenizer_digest"], state_digest(model))
+    for value in (f"{parameters:,}", "16x16 px", *digests, *info["class_names"]):
+        assert value in text
     assert "| epochs | 4.0 |" in text and "| global_batch | 4 |" in text
     assert str(tmp_path) not in text
 
 
 def test_card_does_not_invent_how_released_weights_were_trained(tmp_path, tiny_lpd):
-    save_checkpoint(tmp_path / "a.pth", {"model": tiny_lpd.state_dict(), "info": {"config": vars(tiny_lpd.config)}})
+    save_checkpoint(
+        tmp_path / "a.pth", {"model": tiny_lpd.state_dict(), "info": {"config": vars(tiny_lpd.config)}}
+    )
     text = (exported(tmp_path / "a.pth", tmp_path / "small") / "README.md").read_text()
     assert "does not say how these weights were trained" in text and "license" not in text
 
@@ -329,9 +339,10 @@ def test_commands_and_code_of_the_card_work_once_it_is_on_the_hub(cache, tmp_pat
     if kind == "lpd":
         args.vqgan_path = programs.tokenizer()
     cli.find_files(args)
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)  # the card's own lines, made by export.card
-    assert equal(names["model"], load_either(cli.weights_file("", source))[0])
+    module, name = re.search(r"^from (\S+) import (\w+)$", text, re.M).groups()
+    place = re.search(rf'^model = {name}.from_pretrained\("(.*)"\)$', text, re.M)[1]
+    model = getattr(importlib.import_module(module), name).from_pretrained(place)
+    assert equal(model, load_either(cli.weights_file("", source))[0])
 
 
 def test_export_replaces_only_an_earlier_export_and_when_asked(tmp_path):
