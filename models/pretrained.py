@@ -31,8 +31,8 @@ class Pretrained:
         """A model in eval mode from a folder of `config.json` and `model.safetensors`.
 
         Args:
-            name: a local folder, or `owner/repo` on the hub, whose cache, token and offline mode are as
-                huggingface_hub has them.
+            name: a local folder, or `owner/repo` on the hub (`hf://` may stand before it), whose cache,
+                token and offline mode are as huggingface_hub has them.
             revision: branch, tag or commit on the hub; default: its main branch.
         Raises:
             ValueError: a file is damaged, of another kind of model, or its weights are not finite.
@@ -64,8 +64,9 @@ def _folder(name, revision):
         return Path(name)
     from huggingface_hub import snapshot_download  # takes a fifth of a second, which a local folder need not
 
+    repo = str(name).removeprefix("hf://")
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # of the cache, the network or the server: they have no common kind
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{name}: no folder, and not to be had from the hub ({reason})") from error

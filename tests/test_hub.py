@@ -202,7 +202,8 @@ def test_revision_is_the_one_named(cache, tmp_path, tiny_lpd, revision):
 
 def test_from_pretrained_takes_a_name_and_a_revision(cache, tmp_path, tiny_vq):
     publish(cache, "owner/repo", saved(tiny_vq, tmp_path / "a"), commit=OLDER, ref="v1")
-    assert equal(VQModel.from_pretrained("owner/repo", revision="v1"), tiny_vq)
+    for name in ("owner/repo", "hf://owner/repo"):
+        assert equal(VQModel.from_pretrained(name, revision="v1"), tiny_vq)
     with pytest.raises(FileNotFoundError, match="owner/repo: no folder, and not to be had from the hub"):
         VQModel.from_pretrained("owner/repo")
 

@@ -53,8 +53,9 @@ def local_path(wanted):
     """
     from huggingface_hub import snapshot_download
 
-    beside = [str(PurePosixPath(wanted.file).with_name(CONFIG))] if wanted.file.endswith(WEIGHTS) else []
-    patterns = [glob.escape(file) for file in (wanted.file, *beside)]
+    file = PurePosixPath(wanted.file)
+    files = [file, file.with_name(CONFIG)] if file.name == WEIGHTS else [file]
+    patterns = [glob.escape(str(file)) for file in files]
     try:
         folder = snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns)
     except Exception as error:  # of the cache, the network or the server: the library's have no common kind
