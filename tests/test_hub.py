@@ -21,6 +21,7 @@ from engine.checkpoint import (
     load_either,
     load_lpd,
     load_tokenizer,
+    read_weights,
     save_checkpoint,
     save_weights,
     state_digest,
@@ -121,9 +122,9 @@ def test_the_header_of_weights_goes_before_a_config_beside_them(tmp_path, tiny_l
 
 def test_config_beside_other_weights_is_not_theirs(tmp_path, tiny_lpd):
     """A run folder has a config.json of another kind beside lpd.safetensors."""
-    (tmp_path / "config.json").write_text("[]")
-    save_weights(tmp_path / "lpd.safetensors", tiny_lpd)
-    assert equal(load_lpd(tmp_path / "lpd.safetensors")[0], tiny_lpd)
+    tiny_lpd.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "lpd.safetensors")
+    assert read_weights(tmp_path / "lpd.safetensors")[1] == {}
 
 
 @pytest.mark.parametrize("text, told", [
