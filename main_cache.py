@@ -75,17 +75,18 @@ def prepared(tokenizer, folder, img_size, world, *, bf16):
 def main(argv=None):
     args = parse_args(argv)
     cli.required(args, "vqgan_path", "cached_path")
-    cli.existing_file("--vqgan_path", args.vqgan_path)
     cli.writable_folder("--cached_path", args.cached_path)
     if args.from_mar:
         if args.bf16:
             raise cli.UsageError("--bf16 has no use with --from_mar: nothing is encoded")
         cli.existing_folder("--from_mar", args.from_mar)
+        cli.find_files(args)
         with cli.checking():
             tokenizer = load_tokenizer(args.vqgan_path)
         return convert(args, tokenizer)
     cli.required(args, "data_path")
     cli.existing_folder("--data_path", args.data_path)
+    cli.find_files(args)
     with cli.checking():
         world = dist.init(args.device)
         tokenizer = load_tokenizer(args.vqgan_path).to(world.device)

@@ -50,7 +50,7 @@ def parse_args(argv=None):
         help="put the picture's own pixels back where cells are kept, blended over so many at the border",
     )  # fmt: skip
     parser.add_argument(
-        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)"
+        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)"
     )
     parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="size of weights that do not say it")
     cli.add_tokenizer_flags(parser)
@@ -186,8 +186,7 @@ def save(output, pixels, cells, edited, film):
 def main(argv=None):
     args = parse_args(argv)
     cli.required(args, "image", "class", "pretrained_ckpt", "vqgan_path", "output_dir")
-    args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
-    cli.existing_file("--vqgan_path", args.vqgan_path)
+    cli.find_files(args)
     with cli.checking():
         image = read("--image", args.image)
         mask = marked(args, image)

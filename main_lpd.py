@@ -47,7 +47,9 @@ def parse_args(argv=None):
     cli.add_tokenizer_flags(parser)
     parser.add_argument("--class_num", type=cli.number(int, 1), help="checked against the data's own")
     parser.add_argument(
-        "--pretrained_ckpt", metavar="FILE", help="weights to evaluate, or to start training from"
+        "--pretrained_ckpt",
+        metavar="FILE",
+        help="weights to evaluate, or to start training from (.safetensors, .pth, folder, hf://owner/repo)",
     )
     parser.add_argument("--output_dir", metavar="DIR")
     parser.add_argument("--resume", metavar="DIR", help="run to go on with where --output_dir holds none")
@@ -140,11 +142,8 @@ def generation_settings(args, grid_size, num_images):
 
 def check_flags(args):
     """What can be seen without opening large files."""
-    if args.pretrained_ckpt:
-        args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
-    for flag in ("vqgan_path", "lpd_order_file", "fid_stats"):
-        if getattr(args, flag):
-            cli.existing_file(f"--{flag}", getattr(args, flag))
+    if args.fid_stats:
+        cli.existing_file("--fid_stats", args.fid_stats)
     if args.output_dir:
         cli.writable_folder("--output_dir", args.output_dir)
     for flag, package in (("tensorboard", "tensorboard"), ("use_wandb", "wandb")):
@@ -463,6 +462,7 @@ def report(args, results):
 def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
+    cli.find_files(args)
     with cli.checking():
         world = dist.init(args.device)
     try:

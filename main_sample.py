@@ -35,7 +35,7 @@ RECORD = "sample.json"  # what was made and how; marks a folder as ours
 def parse_args(argv=None):
     parser = cli.Parser(description="Generate images of chosen classes")
     parser.add_argument(
-        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, a run folder)"
+        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)"
     )
     parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="size of weights that do not say it")
     cli.add_tokenizer_flags(parser)
@@ -170,8 +170,7 @@ def save_film_and_order(output, model, tokenizer, settings, labels, num_per_clas
 def main(argv=None):
     args = parse_args(argv)
     cli.required(args, "pretrained_ckpt", "vqgan_path", "output_dir")
-    args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
-    cli.existing_file("--vqgan_path", args.vqgan_path)
+    cli.find_files(args)
     with cli.checking():
         world = dist.init(args.device)
         model, tokenizer, variants, labels, names = load(args, world.device)

@@ -1,7 +1,8 @@
 """Weights and training state on disk: ours and the released ones.
 
-Knows `.pth` and `.safetensors` files, how to read them without running code, and how to build a model from
-what is in them. Does not know when to save.
+Knows `.pth` files, how to read them without running code, and what tells weights of which kind and size they
+are. How `.safetensors` are read and weights become a model is in models/pretrained.py. Does not know when to
+save.
 """
 
 import argparse
@@ -15,20 +16,18 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig, resize_pos_embed
+from models.pretrained import build, check_weights, load_state, read_config, read_safetensors, telling_line
 from models.vqgan import VQConfig, VQModel
 from util import dist
 from util.files import atomic
 
 LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
-WEIGHT_TYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
-LAYERS = ("depth", "num_res_blocks", "multipliers")  # of configs: so many modules are made, each with weights
 MOST_EXPANDED = 2**30  # bytes of weights without bytes in the file: a tensor may repeat one number
+CODES = "quantize.embedding.weight"  # what tells a tokenizer's weights
 MOST_PLACES = 2**16 + 1  # of a grid, and the class token
-MOST_SIZE = 2**24  # that a config may give anything; what it gives all together is held against the weights
 
 
 def save_checkpoint(path, checkpoint):
@@ -45,13 +44,6 @@ def save_checkpoint(path, checkpoint):
                 os.link(path, previous)
 
 
-def _reason(error):
-    """The telling line of an error of torch.load, whose first may be advice to read the file unsafely."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    line = next((line for line in lines if "nsupported" in line), lines[0]).split(" Please")[0].strip()
-    return line[:200]  # it may quote the file
-
-
 def load_checkpoint(path):
     """Read a `.pth` file's dict on the CPU. Nothing in the file is run: `weights_only`, and of classes only
     `argparse.Namespace`, which the released checkpoints hold.
@@ -65,9 +57,9 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)})") from None
+        raise ValueError(f"{path}: refused, not plain weights ({telling_line(error)})") from None
     except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
-        raise ValueError(f"{path}: cut short or no checkpoint ({_reason(error)})") from None
+        raise ValueError(f"{path}: cut short or no checkpoint ({telling_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -107,7 +99,7 @@ def _check_zip(path):
                 claimed = sum(entry.file_size for entry in archive.infolist())
                 damaged = archive.testzip() if claimed <= there else None  # torch.load compares no checksums
         except Exception as error:  # a damaged list of contents fails in many ways
-            raise ValueError(f"{path}: cut short or no checkpoint ({_reason(error)})") from None
+            raise ValueError(f"{path}: cut short or no checkpoint ({telling_line(error)})") from None
     if claimed > there:
         raise ValueError(f"{path}: its parts claim {claimed} bytes, the file has {there}")
     if damaged:
@@ -146,103 +138,15 @@ def read_weights(path):
         (state dict, info dict); info is empty for a released file.
     """
     if Path(path).suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                info = json.loads((file.metadata() or {}).get("lpd", "{}"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # SafetensorError, and what nested JSON or a tensor of no known type does
-            raise ValueError(f"{path}: cut short or no safetensors file ({_reason(error)})") from None
-    else:
-        checkpoint = load_checkpoint(path)
-        named = [checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)]
-        state = next((weights for weights in named if weights), checkpoint.get("model", checkpoint))
-        info = checkpoint.get("info", {})
-    if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
-        raise ValueError(f"{path}: holds no weights under 'model'")
+        return read_safetensors(path)
+    checkpoint = load_checkpoint(path)
+    named = [checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), dict)]
+    state = next((weights for weights in named if weights), checkpoint.get("model", checkpoint))
+    state, info = check_weights(state, checkpoint.get("info", {}), path)
     claimed, there = sum(t.numel() * t.element_size() for t in state.values()), os.stat(path).st_size
     if claimed > MOST_EXPANDED + 2 * there:
         raise ValueError(f"{path}: weights of {claimed} bytes in a file of {there}")
-    if not _is_info(info):
-        raise ValueError(f"{path}: what it says of its weights is damaged ({str(info):.60})")
-    return state, info
-
-
-def _is_weight(item):
-    name, value = item
-    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    return isinstance(name, str) and plain and value.dtype in WEIGHT_TYPES
-
-
-def _is_info(info):
-    names = info.get("class_names", []) if isinstance(info, dict) else None
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
-
-
-def load_state(model, state, path):
-    """`load_state_dict(strict=True)` whose error is one line naming the file.
-
-    Raises:
-        ValueError: keys or shapes differ, or a weight is not finite.
-    """
-    _check_shapes(model, state, path)
-    for name, tensor in model.state_dict().items():
-        if not state[name].to(tensor.dtype).isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite")
-    model.load_state_dict(state)
-
-
-def _check_shapes(model, state, path):
-    own = model.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        first = (missing or unknown)[0]
-        raise ValueError(f"{path}: {len(missing)} weights missing, {len(unknown)} unknown, first {first}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {list(state[name].shape)}, the model {list(tensor.shape)}"
-            )
-
-
-def _build(kind, config, state, path):
-    """A model with weights from a file. It takes memory only when its sizes are those of the weights."""
-    try:
-        with torch.device("meta"):  # also: no time for random weights that are overwritten at once
-            model = kind(config)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config makes no {kind.__name__} ({_reason(error)})") from None
-    _check_shapes(model, state, path)
-    model = model.to_empty(device="cpu")
-    load_state(model, state, path)
-    return model.eval()
-
-
-def _config(kind, values, state, path):
-    """A config from what a file says.
-
-    Raises:
-        ValueError: fields of another kind of config, values of another type or out of range, or more layers
-            than there are weights.
-    """
-    try:
-        for field in dataclasses.fields(kind):
-            _check_size(field, values.get(field.name, field.default), len(state))
-        return kind(**values)
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: its config is none of {kind.__name__} ({error})") from None
-
-
-def _check_size(field, value, num_weights):
-    """Refuse another type than the default's, and sizes that nothing in the file stands for."""
-    values = value if isinstance(field.default, tuple) and isinstance(value, (list, tuple)) else [value]
-    whole = not isinstance(field.default, float)
-    for number in values:
-        if type(number) not in ((int,) if whole else (int, float)) or not 0 <= number <= MOST_SIZE:
-            raise ValueError(f"{field.name} is {str(value):.60}")
-    if field.name in LAYERS and max(len(values), *values) > num_weights:
-        raise ValueError(f"{field.name} is {str(value):.60}, there are {num_weights} weights")
+    return state, {**{key: checkpoint[key] for key in ("train_config",) if key in checkpoint}, **info}
 
 
 def _size(config):
@@ -252,10 +156,25 @@ def _size(config):
 def load_tokenizer(path):
     """A `VQModel` in eval mode from its weights; without a config in the file it must be VQ-16."""
     state, info = read_weights(path)
-    if "quantize.embedding.weight" not in state:
-        raise ValueError(f"{path}: no tokenizer weights: quantize.embedding.weight is missing")
-    config = _config(VQConfig, info.get("config", {}), state, path)
-    return _build(VQModel, config, state, path).requires_grad_(False)
+    if CODES not in state:
+        raise ValueError(f"{path}: no tokenizer weights: {CODES} is missing")
+    return _tokenizer(state, info, path)
+
+
+def _tokenizer(state, info, path):
+    config = read_config(VQConfig, info.get("config", {}), state, path)
+    return build(VQModel, config, state, path).requires_grad_(False)
+
+
+def load_either(path, model_name=None):
+    """A `VQModel` or an `LPD` in eval mode, whichever the weights are of, and what the file says of them.
+
+    Args, Returns: as of `load_lpd`.
+    """
+    state, info = read_weights(path)
+    if CODES in state:
+        return _tokenizer(state, info, path), info
+    return build(LPD, lpd_config_of(state, info, path, model_name), state, path), info
 
 
 def _check_embeddings(state, path):
@@ -278,7 +197,7 @@ def lpd_config_of(state, info, path, model_name=None):
     """
     _check_embeddings(state, path)
     if "config" in info:
-        config = _config(LPDConfig, info["config"], state, path)
+        config = read_config(LPDConfig, info["config"], state, path)
         if model_name is not None and (config.embed_dim, config.depth) != _size(LPD_CONFIGS[model_name]):
             raise ValueError(
                 f"{path} has width {config.embed_dim} and depth {config.depth}, --model {model_name} has "
@@ -309,7 +228,7 @@ def load_lpd(path, model_name=None):
         (model, info dict)
     """
     state, info = read_weights(path)
-    return _build(LPD, lpd_config_of(state, info, path, model_name), state, path), info
+    return build(LPD, lpd_config_of(state, info, path, model_name), state, path), info
 
 
 def start_from(model, path):

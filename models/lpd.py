@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from models.kv_cache import KVCache
 from models.layers import Block
 from models.masks import cached_training_mask
+from models.pretrained import Pretrained
 
 NO_LABEL = -1  # the label of an image without one: `fake_latent` stands for its class embedding
 
@@ -78,7 +79,7 @@ class LabelDropout(nn.Module):
         return labels.masked_fill(dropped, NO_LABEL)
 
 
-class LPD(nn.Module):
+class LPD(Pretrained, nn.Module):
     """Decoder transformer with learned position query tokens.
 
     The state dict has the keys of the released weights: `class_emb` and `token_emb` (embeddings of classes
@@ -86,6 +87,8 @@ class LPD(nn.Module):
     token), `pos_embed` [1, 1 + L, D] (index 0 for the class token, 1 + p for grid position p) and `z_proj_ln`
     (the LayerNorm of everything that enters the first block).
     """
+
+    config_class = LPDConfig
 
     def __init__(self, config):
         super().__init__()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.pretrained import Pretrained
+
 
 @dataclass(frozen=True)
 class VQConfig:
@@ -196,8 +198,10 @@ def as_square(tokens):
     return tokens.unflatten(1, (side, side))
 
 
-class VQModel(nn.Module):
+class VQModel(Pretrained, nn.Module):
     """Pixels to tokens and back."""
+
+    config_class = VQConfig
 
     def __init__(self, config):
         super().__init__()

@@ -16,9 +16,9 @@ require_set() { # require_set NAME WHAT: the environment names it
     [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2"
 }
 
-require_path() { # require_path NAME WHAT: the environment names it and it exists
+require_path() { # require_path NAME WHAT: the environment names it and it exists, or is a name on the hub
     require_set "$1" "$2"
-    [[ -e ${!1} ]] || usage_error "$1: ${!1} does not exist: $2"
+    [[ -e ${!1} || ${!1} == hf://* ]] || usage_error "$1: ${!1} does not exist: $2"
 }
 
 require_count() { # require_count NAME: a whole number from 1

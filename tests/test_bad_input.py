@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from programs import SIZE, TOKENS, call, finished
 
-from engine.checkpoint import load_lpd, save_checkpoint, save_weights
+from engine.checkpoint import load_lpd, load_tokenizer, save_checkpoint, save_weights
 from engine.metrics import save_statistics
 from models.lpd import LPD, LPDConfig
 
@@ -93,6 +93,11 @@ def places(tmp_path_factory):
     model, info = load_lpd(made["lpd"])
     model.head.weight.data[0, 0] = torch.nan
     new("nan_weights.safetensors", lambda p: save_weights(p, model, **info))
+    new("vq_folder", lambda p: load_tokenizer(made["tokenizer"]).save_pretrained(p))
+    new("vq_folder_cut", lambda p: shutil.copytree(made["vq_folder"], p))
+    (made["vq_folder_cut"] / "config.json").write_text('{"config": {')
+    new("vq_folder_hostile", lambda p: shutil.copytree(made["vq_folder"], p))
+    shutil.copy(made["hostile"], made["vq_folder_hostile"] / "model.safetensors")
     new("two_names.txt", lambda p: p.write_text("cat\ndog\n"))
     picture = programs.images() / "val/02_rings/1.png"
     made["picture"] = picture
@@ -316,6 +321,22 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("sample", {"pretrained_ckpt": "{absent}"}, ["--pretrained_ckpt", "{absent}"]),
     ("sample", {"pretrained_ckpt": "{unnamed}", "model": "lpd_huge"}, ["--model", "lpd_huge"]),
     ("sample", {"vqgan_path": "{tokenizer_32}"}, ["--pretrained_ckpt", "{tokenizer_32}"]),
+    # Names on the hub, which is offline and whose cache is empty, and folders like a repository.
+    ("sample", {"pretrained_ckpt": "hf://o/repo"}, ["--pretrained_ckpt: hf://o/repo", "HF_HUB_OFFLINE"]),
+    ("sample", {"lpd_order_file": "hf://owner/repo@v1/o.npy"}, ["--lpd_order_file: hf://owner/repo@v1/o.npy"]),
+    ("sample", {"lpd_order_file": "{absent}"}, ["--lpd_order_file", "{absent}"]),
+    ("sample", {"lpd_order_file": "hf://owner/repo"}, ["--lpd_order_file", "hf://owner/repo", ".npy"]),
+    ("sample", {"vqgan_path": "hf://owner/repo/vq.pkl"}, ["--vqgan_path: hf://owner/repo/vq.pkl", ".pth"]),
+    ("cache", {"vqgan_path": "hf://owner"}, ["--vqgan_path", "hf://owner"]),
+    ("cache", {"vqgan_path": "hf://owner/repo"}, ["--vqgan_path: hf://owner/repo", "HF_HUB_OFFLINE"]),
+    ("cache", {"vqgan_path": "{empty}"}, ["--vqgan_path", "{empty}/checkpoint-last.pth"]),
+    ("cache", {"vqgan_path": "{vq_folder_cut}"}, ["{vq_folder_cut}/config.json", "no readable JSON"]),
+    ("cache", {"vqgan_path": "{vq_folder_hostile}"}, ["{vq_folder_hostile}/model.safetensors", "cut short"]),
+    ("train", {"pretrained_ckpt": "hf://owner/repo"}, ["--pretrained_ckpt: hf://owner/repo"]),
+    ("train", {"pretrained_ckpt": "hf://owner/repo", "lr_schedule": "cosine", "warmup_epochs": 9},
+     ["--warmup_epochs 9"]),
+    ("evaluate", {"pretrained_ckpt": "{vq_folder}"}, ["{vq_folder}/model.safetensors", "no LPD weights"]),
+    ("evaluate", {"vqgan_path": "hf://a--b/repo"}, ["--vqgan_path", "hf://a--b/repo"]),
     ("sample", {"classes": [0, 3]}, ["--classes", "3", "0..2"]),
     ("sample", {"classes": ["unicorn"]}, ["--classes", "'unicorn'", "rings"]),
     ("sample", {"class_names": "{two_names}"}, ["--class_names", "2 names", "3 classes"]),
@@ -393,6 +414,8 @@ def test_mistake_is_told_in_one_line_and_nothing_is_written(case, places, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights here"))
     monkeypatch.delenv("LPD_INCEPTION", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache here"))
     places = {**places, "out": tmp_path / "out"}
     program, argv = command_line(command, changes, places)
     before = files(places["root"], programs.workspace())

@@ -125,6 +125,15 @@ def test_evaluation_script_gives_the_published_setting(name, paths):
     assert float(flags["--cfg"]) == cfg
 
 
+def test_scripts_pass_names_on_the_hub_on(paths):
+    names = {name: f"hf://owner/{name}" for name in ("PRETRAINED_CKPT", "VQGAN_PATH", "LPD_ORDER_FILE")}
+    result = bash(REPO / "scripts/eval/lpd_l_res256_steps20.sh", env={**paths, **names})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {f"--{name.lower()}": value for name, value in names.items()}.items() <= flags_of(
+        result.stdout
+    ).items()
+
+
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation_script_asks_for_the_published_order_file(name, paths):
     model, pixels, steps, _, repulsion = EVALUATION[name]

@@ -12,7 +12,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from util import dist, files
+from util import dist, files, hub
 from util.images import UnreadableImage
 from util.signals import Stopped
 from util.token_cache import DamagedCache
@@ -67,7 +67,9 @@ def add_device_flags(parser):
 
 def add_tokenizer_flags(parser):
     """--vqgan_path and what may be said of a tokenizer whose file has no config."""
-    parser.add_argument("--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors)")
+    parser.add_argument(
+        "--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors, folder, hf://owner/repo)"
+    )
     parser.add_argument(
         "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's own"
     )
@@ -105,7 +107,9 @@ def add_generation_flags(parser):
     g.add_argument(
         "--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="made when no file"
     )
-    g.add_argument("--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json")
+    g.add_argument(
+        "--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json, or hf://owner/repo/FILE"
+    )
     g.add_argument("--proximity_threshold", type=number(float, 0), default=1.0)
     g.add_argument(
         "--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid"
@@ -136,9 +140,28 @@ def existing_folder(flag, path):
 
 
 def weights_file(flag, path):
-    """The path of weights; of a run folder, its checkpoint-last.pth."""
+    """The path of weights; of a folder, its model.safetensors, or, of a run, its checkpoint-last.pth."""
     path = Path(path)
+    if (path / hub.WEIGHTS).is_file():
+        return path / hub.WEIGHTS
     return existing_file(flag, path / "checkpoint-last.pth" if path.is_dir() else path)
+
+
+def find_files(args):
+    """Turn --pretrained_ckpt, --vqgan_path and --lpd_order_file, as far as given, into paths of files that
+    are there. Those named on the hub come last: they may have to be fetched."""
+    given = {flag: getattr(args, flag, None) for flag in ("pretrained_ckpt", "vqgan_path", "lpd_order_file")}
+    named = {}
+    for flag, value in given.items():
+        orders = flag == "lpd_order_file"
+        if value and hub.is_name(value):
+            with checking(f"--{flag}: "):
+                named[flag] = hub.parse(value, hub.ORDER_FILES if orders else hub.WEIGHT_FILES)
+        elif value:
+            setattr(args, flag, (existing_file if orders else weights_file)(f"--{flag}", value))
+    for flag, name in named.items():
+        with checking(f"--{flag}: "):
+            setattr(args, flag, hub.local_path(name))
 
 
 def required(args, *names):
@@ -203,12 +226,13 @@ def prepare_output(args, record):
 
 
 @contextmanager
-def checking():
-    """Inside it a ValueError or OSError is about what the user gave: told in one line, exit status 2."""
+def checking(what=""):
+    """Inside it a ValueError or OSError is about what the user gave: told in one line that begins with
+    `what`, exit status 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UsageError(error) from error
+        raise UsageError(f"{what}{error}") from error
 
 
 @contextmanager

@@ -189,6 +189,11 @@ def save_pth(path, zipped):
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
 
+def write_folder(folder):
+    seeded(LPD, LPD_SIZE).save_pretrained(folder, class_names=["cat", "dog"])
+    return folder / "config.json"
+
+
 # Damage. An edit is (kind, place in 0..1, bytes or a value); a file is damaged by a few of them in turn.
 
 VALUES = [
@@ -346,6 +351,7 @@ FORMATS = {
         "w.pth", lambda p: save_pth(p, True), lambda p: load_lpd(p)[0], check_model),
     "weights .pth, older": file_format(
         "w.pth", lambda p: save_pth(p, False), lambda p: load_lpd(p)[0], check_model),
+    "weights config.json": Format(write_folder, LPD.from_pretrained, check_model, swapped),
     "checkpoint .pth": file_format(
         "c.pth", lambda p: save_pth(p, True), load_checkpoint,
         lambda value: require(isinstance(value, dict), "no dict")),
