@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny models with seeded weights, and the golden values."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from models.lpd import LPD, LPDConfig
 from models.vqgan import VQConfig, VQModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# A shell starts what it runs in the background with Ctrl-C ignored, which the programs under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

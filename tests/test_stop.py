@@ -407,7 +407,7 @@ def test_second_run_in_a_folder_is_refused_and_told_whose_it_is(held):
         ("lpd", train_flags(folder)),
         ("tokenizer", tokenizer_flags(folder)),
         ("cache", programs.cache_flags(folder)),
-        ("lpd", programs.evaluate_flags(folder)),
+        ("lpd", programs.evaluate_flags(folder, inception=programs.inception())),
     ]
     for program, flags in programs_and_flags:
         outcome = call(program, *flags)
