@@ -9,7 +9,6 @@ beside the others.
 
 import dataclasses
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from util import cli, dist, pictures
 from util.files import write_json
 from util.images import to_uint8
 
-GREY = 128  # of places not generated yet
 RECORD = "sample.json"  # what was made and how; marks a folder as ours
 
 
@@ -38,15 +36,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--model", choices=sorted(LPD_CONFIGS), help="size of weights that do not say it")
     cli.add_tokenizer_flags(parser)
-    parser.add_argument("--output_dir", metavar="DIR")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run put into --output_dir"
-    )
+    cli.add_output_flags(parser)
     parser.add_argument("--img_size", type=cli.number(int, 1), help="checked against the weights'")
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="indices or names; default: the first ten"
     )
-    parser.add_argument("--class_names", metavar="FILE", help="a name per line, for weights that hold none")
+    cli.add_class_names_flag(parser)
     parser.add_argument("--num_per_class", type=cli.number(int, 1), default=8)
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=64)
     parser.add_argument(
@@ -57,44 +52,6 @@ def parse_args(argv=None):
     cli.add_device_flags(parser)
     cli.add_generation_flags(parser)
     return parser.parse_args(argv)
-
-
-def class_names(args, num_classes, info):
-    """A name for every class: from --class_names, the weights, or its index."""
-    names = info.get("class_names") or [str(i) for i in range(num_classes)]
-    if args.class_names:
-        names = cli.existing_file("--class_names", args.class_names).read_text().splitlines()
-    if len(names) != num_classes:
-        raise ValueError(f"--class_names has {len(names)} names, the weights have {num_classes} classes")
-    return names
-
-
-def find_class(text, names):
-    """The label of a class given by its index, its name, or its name without a leading number."""
-    if text.isdigit():
-        if int(text) >= len(names):
-            raise ValueError(f"--classes: {text} is not in 0..{len(names) - 1}")
-        return int(text)
-    plain = [re.sub(r"^\d+_", "", name) for name in names]
-    for known in (names, plain):
-        if text in known:
-            return known.index(text)
-    raise ValueError(f"--classes: no class {text!r} among {len(names)} ({', '.join(plain[:10])}, ...)")
-
-
-def prepare_output(args):
-    """Refuse to mix with what is there; with --overwrite, clear the images of an earlier run of ours."""
-    folder = cli.writable_folder("--output_dir", args.output_dir)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not args.overwrite:
-        raise cli.UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
-    if not (folder / RECORD).exists():
-        raise cli.UsageError(
-            f"--output_dir {folder} holds no {RECORD}: not made by this program, not overwritten"
-        )
-    for images in folder.glob("images*"):
-        shutil.rmtree(images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,22 +92,17 @@ def generate(model, tokenizer, settings, labels, batch_size, device):
 def film(model, tokenizer, settings, labels, image_ids, columns):
     """Frames of images filling in, one per step; places not generated yet are grey."""
     orders = settings.orders(image_ids)
-    grid, stride = settings.grid_size, tokenizer.config.stride
     frames = []
 
     def add_frame(tokens, filled):
-        images = to_uint8(tokenizer.decode(tokens)).cpu().numpy()
-        known = np.zeros((len(images), grid * grid), dtype=bool)
-        np.put_along_axis(known, orders[:, :filled].numpy(), True, axis=1)
-        known = known.reshape(-1, grid, grid).repeat(stride, axis=1).repeat(stride, axis=2)
-        images = np.where(known[..., None], images, GREY).astype(np.uint8)
+        images = pictures.filled(to_uint8(tokenizer.decode(tokens)).cpu().numpy(), orders.numpy(), filled)
         frames.append(pictures.grid(images, columns, scale=max(1, 96 // images.shape[1])))
 
     generate_tokens(
         model, labels, orders, settings.group_sizes, image_ids=torch.as_tensor(image_ids), on_group=add_frame,
         **settings.decoding(),
     )  # fmt: skip
-    return [np.full_like(frames[0], GREY), *frames]
+    return [np.full_like(frames[0], pictures.GREY), *frames]
 
 
 def save_images(folder, images, labels, names):
@@ -177,9 +129,10 @@ def load(args, device):
     cli.check_tokenizer_flags(args, tokenizer.config)
     model, info = load_lpd(args.pretrained_ckpt, args.model)
     cli.check_fit(args, model, tokenizer, info, state_digest(tokenizer))
-    names = class_names(args, model.config.num_classes, info)
+    names = cli.class_names(args, model.config.num_classes, info)
     chosen = args.classes or [str(i) for i in range(min(10, len(names)))]
-    labels = torch.tensor([find_class(text, names) for text in chosen]).repeat_interleave(args.num_per_class)
+    labels = torch.tensor([cli.find_class("--classes", text, names) for text in chosen])
+    labels = labels.repeat_interleave(args.num_per_class)
     chosen_settings = {k: getattr(args, k) for k in cli.GENERATION_FLAGS}
     variants = [resolve_settings(model.config.grid_size, num_images=len(labels), **chosen_settings)]
     if args.compare_steps:
@@ -219,7 +172,7 @@ def main(argv=None):
     with cli.checking():
         world = dist.init(args.device)
         model, tokenizer, variants, labels, names = load(args, world.device)
-        prepare_output(args)
+        cli.prepare_output(args, RECORD)
     output = Path(args.output_dir)
     record = {"settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16}
     write_json(output / RECORD, record)

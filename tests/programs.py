@@ -239,6 +239,16 @@ def sample_flags(output_dir, **changes):
     return [word for name, value in flags.items() for word in (f"--{name}", value)] + list(ON_CPU)
 
 
+def edit_flags(output_dir, part, **changes):
+    """The command line of main_edit for the shared run: three results; `part` is --box or such, as words."""
+    flags = {
+        "pretrained_ckpt": trained() / "lpd.safetensors", "vqgan_path": tokenizer(), "output_dir": output_dir,
+        "image": images() / "val/02_rings/1.png", "class": "rings", "num": 3, "generation_steps": 3,
+        **changes,
+    }  # fmt: skip
+    return [word for name, value in flags.items() for word in (f"--{name}", value)] + [*part, *ON_CPU]
+
+
 @lru_cache(maxsize=1)
 def inception():
     """A file of random Inception weights in the released layout."""

@@ -8,12 +8,15 @@ import errno
 import os
 import pickle
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import programs
 import pytest
 import torch
+from PIL import Image
 from programs import SIZE, TOKENS, call, finished
 
 from engine.checkpoint import load_lpd, save_checkpoint, save_weights
@@ -91,7 +94,20 @@ def places(tmp_path_factory):
     model.head.weight.data[0, 0] = torch.nan
     new("nan_weights.safetensors", lambda p: save_weights(p, model, **info))
     new("two_names.txt", lambda p: p.write_text("cat\ndog\n"))
+    picture = programs.images() / "val/02_rings/1.png"
+    made["picture"] = picture
+    new("cut_picture.png", lambda p: p.write_bytes(picture.read_bytes()[:99]))
+    new("huge_picture.png", lambda p: p.write_bytes(huge_png(picture.read_bytes())))
+    new("black_mask.png", lambda p: Image.new("L", (SIZE, SIZE)).save(p))
+    new("large_mask.png", lambda p: Image.new("L", (SIZE + 9, SIZE), 255).save(p))
+    new("wide_picture.png", lambda p: Image.new("RGB", (3 * SIZE, SIZE)).save(p))
     return made
+
+
+def huge_png(png):
+    """A sound PNG file that claims 50,000 x 50,000 pixels."""
+    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 COMMANDS = {
@@ -121,6 +137,10 @@ COMMANDS = {
     }),
     "sample": ("sample", {
         "pretrained_ckpt": "{lpd}", "vqgan_path": "{tokenizer}", "output_dir": "{out}", "num_per_class": 1,
+    }),
+    "edit": ("edit", {
+        "pretrained_ckpt": "{lpd}", "vqgan_path": "{tokenizer}", "output_dir": "{out}", "image": "{picture}",
+        "class": "rings", "box": [0, 0, 8, 8], "num": 1,
     }),
 }  # fmt: skip
 
@@ -305,6 +325,40 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("sample", {"output_dir": "{run}"}, ["--output_dir", "{run}", "not empty", "--overwrite"]),
     ("sample", {"output_dir": "{run}", "overwrite": True}, ["--output_dir", "{run}", "not overwritten"]),
     ("sample", {"output_dir": "{file}"}, ["--output_dir", "{file}", "not a folder"]),
+    # Editing.
+    ("edit", {"image": NONE}, ["--image is needed"]),
+    ("edit", {"class": NONE}, ["--class is needed"]),
+    ("edit", {"box": NONE}, ["--mask", "--box", "--outpaint", "--variations"]),
+    ("edit", {"variations": 0.5}, ["--box", "--variations"]),
+    ("edit", {"image": "{absent}"}, ["--image", "{absent}"]),
+    ("edit", {"image": "{file}"}, ["--image", "{file}"]),
+    ("edit", {"image": "{cut_picture}"}, ["--image", "{cut_picture}"]),
+    ("edit", {"image": "{huge_picture}"}, ["--image", "{huge_picture}", "2500000000 pixels"]),
+    ("edit", {"class": "unicorn"}, ["--class", "'unicorn'", "rings"]),
+    ("edit", {"class": 3}, ["--class", "3", "0..2"]),
+    ("edit", {"num": 0}, ["--num", "0 is not at least 1"]),
+    ("edit", {"paste": -1}, ["--paste", "-1 is not at least 0"]),
+    ("edit", {"box": [0, 0, 17, 8]}, ["--box 0 0 17 8", "16x16"]),
+    ("edit", {"box": [4, 8, 12, 8]}, ["--box 4 8 12 8", "Y0 < Y1"]),
+    ("edit", {"box": [-1, 0, 8, 8]}, ["--box", "-1"]),
+    ("edit", {"box": [0, 0, 8]}, ["--box", "expected 4"]),
+    ("edit", {"image": "{wide_picture}"}, ["outside the centre of 16 pixels"]),
+    ("edit", {"box": NONE, "mask": "{absent}"}, ["--mask", "{absent}"]),
+    ("edit", {"box": NONE, "mask": "{file}"}, ["--mask", "{file}"]),
+    ("edit", {"box": NONE, "mask": "{large_mask}"}, ["--mask is 25x16", "--image is 16x16"]),
+    ("edit", {"box": NONE, "mask": "{black_mask}"}, ["--mask {black_mask}", "no white pixel"]),
+    ("edit", {"box": NONE, "outpaint": [0, 0, 0, 0]}, ["--outpaint 0 0 0 0", "nothing to generate"]),
+    ("edit", {"box": NONE, "outpaint": [8, 0, 8, 0]}, ["--outpaint 8 0 8 0", "16x16"]),
+    ("edit", {"box": NONE, "outpaint": [7, 7, 6, 6]}, ["--outpaint", "no whole cell of 4 pixels"]),
+    ("edit", {"box": NONE, "variations": 0.01}, ["--variations 0.01 of 16 cells"]),
+    ("edit", {"box": NONE, "variations": 1.5}, ["--variations", "1.5 is not in 0..1"]),
+    ("edit", {"generation_steps": 1}, ["1 steps for 4 tokens"]),
+    ("edit", {"group_sizes": [1, 15]}, ["group sizes sum to 16", "4"]),
+    ("edit", {"lpd_order_file": "{six_orders}"}, ["--lpd_order_file", "not for editing"]),
+    ("edit", {"vqgan_path": "{other_tokenizer}"}, ["--pretrained_ckpt", "{other_tokenizer}"]),
+    ("edit", {"img_size": 256}, ["--img_size is 256", "16 px"]),
+    ("edit", {"output_dir": "{run}"}, ["--output_dir", "{run}", "not empty", "--overwrite"]),
+    ("edit", {"output_dir": "{run}", "overwrite": True}, ["--output_dir", "{run}", "no edit.json"]),
 ]  # fmt: skip
 
 
@@ -351,7 +405,7 @@ def test_mistake_is_told_in_one_line_and_nothing_is_written(case, places, tmp_pa
     assert files(places["root"], programs.workspace()) == before
 
 
-@pytest.mark.parametrize("command", ["train", "images", "cache", "tokenizer", "sample"])
+@pytest.mark.parametrize("command", ["train", "images", "cache", "tokenizer", "sample", "edit"])
 def test_command_of_the_table_works_when_nothing_is_changed(command, places, tmp_path):
     """Otherwise a case could fail for another reason than its change."""
     quick = {"epochs": 0.2} if command in ("train", "images", "tokenizer") else {}
@@ -360,7 +414,7 @@ def test_command_of_the_table_works_when_nothing_is_changed(command, places, tmp
     assert any((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("command", ["train", "cache", "tokenizer", "sample"])
+@pytest.mark.parametrize("command", ["train", "cache", "tokenizer", "sample", "edit"])
 def test_folder_that_may_not_be_written_is_named(command, places, tmp_path, monkeypatch):
     """The refusal of the file system is played: root may write anywhere."""
 

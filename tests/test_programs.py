@@ -28,6 +28,8 @@ KNOWN_FLAGS = {  # those people already use with the published programs
         --num_workers""",
     "tokenizer": "--data_path --img_size --output_dir",
     "sample": "--pretrained_ckpt --vqgan_path --classes --output_dir",
+    "edit": """--image --class --mask --box --outpaint --variations --generation_steps --seed --num
+        --output_dir""",
 }
 
 

@@ -6,6 +6,8 @@ programs do. Exit status 2: wrong usage (flags or the files they name); 1: failu
 
 import argparse
 import os
+import re
+import shutil
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,6 +72,19 @@ def add_tokenizer_flags(parser):
         "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's own"
     )
     parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's own")
+
+
+def add_output_flags(parser):
+    """--output_dir and --overwrite, for `prepare_output`."""
+    parser.add_argument("--output_dir", metavar="DIR")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run put into --output_dir"
+    )
+
+
+def add_class_names_flag(parser):
+    """--class_names, for `class_names`."""
+    parser.add_argument("--class_names", metavar="FILE", help="a name per line, for weights that hold none")
 
 
 GENERATION_FLAGS = (
@@ -146,6 +161,45 @@ def writable_folder(flag, path):
     except OSError as error:
         raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
     return path
+
+
+def class_names(args, num_classes, info):
+    """A name for every class: from --class_names, the weights, or its index."""
+    names = info.get("class_names") or [str(i) for i in range(num_classes)]
+    if args.class_names:
+        names = existing_file("--class_names", args.class_names).read_text().splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"--class_names has {len(names)} names, the weights have {num_classes} classes")
+    return names
+
+
+def find_class(flag, text, names):
+    """The label of a class given by its index, its name, or its name without a leading number."""
+    if text.isdigit():
+        if int(text) >= len(names):
+            raise ValueError(f"{flag}: {text} is not in 0..{len(names) - 1}")
+        return int(text)
+    plain = [re.sub(r"^\d+_", "", name) for name in names]
+    for known in (names, plain):
+        if text in known:
+            return known.index(text)
+    raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({', '.join(plain[:10])}, ...)")
+
+
+def prepare_output(args, record):
+    """Refuse to mix with what is there; with --overwrite, clear the images of an earlier run of the program,
+    which is known by the file `record`."""
+    folder = writable_folder("--output_dir", args.output_dir)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not args.overwrite:
+        raise UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
+    if not (folder / record).exists():
+        raise UsageError(
+            f"--output_dir {folder} holds no {record}: not made by this program, not overwritten"
+        )
+    for images in folder.glob("images*"):
+        shutil.rmtree(images)
 
 
 @contextmanager

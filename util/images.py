@@ -82,8 +82,8 @@ def center_crop(image, size):
     return pixels[top : top + size, left : left + size]
 
 
-def load_image(path, size):
-    """An image file, centre-cropped: uint8 [size, size, 3].
+def read_image(path, mode="RGB", *, size=1):
+    """An image file as a PIL image of that mode, whose short side will be `size`.
 
     Raises:
         UnreadableImage: no image of FORMATS, cut short, or of more than MOST_PIXELS as it is or, where it is
@@ -92,10 +92,14 @@ def load_image(path, size):
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_pixels(image, size)
-            image = image.convert("RGB")
+            return image.convert(mode)
     except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
         raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
-    return center_crop(image, size)
+
+
+def load_image(path, size):
+    """An image file, centre-cropped: uint8 [size, size, 3]. Raises UnreadableImage as `read_image` does."""
+    return center_crop(read_image(path, size=size), size)
 
 
 def _check_pixels(image, size):

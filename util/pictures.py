@@ -7,6 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.files import atomic
+from util.regions import as_pixels
+
+GREY = 128  # of places not generated yet
 
 
 def save_png(path, pixels):
@@ -25,6 +28,19 @@ def grid(images, columns, *, scale=1, gap=2):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def only_cells(images, cells):
+    """Images [n, H, W, 3] with all but some cells, bool [n, L], grey."""
+    seen = as_pixels(cells, np.shape(images)[1])
+    return np.where(seen[..., None], images, GREY).astype(np.uint8)
+
+
+def filled(images, orders, slots):
+    """Images [n, H, W, 3] of which the first `slots` cells of `orders` [n, L] are there, the others grey."""
+    cells = np.zeros(orders.shape, dtype=bool)
+    np.put_along_axis(cells, orders[:, :slots], True, axis=1)
+    return only_cells(images, cells)
 
 
 def labelled_rows(images, row_labels, *, scale=1, title=None):
