@@ -8,6 +8,7 @@ alone unless --host says otherwise.
 """
 
 import os
+import socket
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,14 @@ def load(args):
     return Studio(model.to(device), tokenizer.to(device), names, device)
 
 
+def check_port(host, port):
+    """Refuse an address of which another process, or the lack of rights, keeps us, before weights are read."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise cli.UsageError(f"--host {host} --port {port}: {error.strerror}") from None
+
+
 @contextmanager
 def told():
     """Inside it a ValueError is about what the visitor gave: told on the page, without a traceback."""
@@ -95,10 +104,10 @@ def wish_controls(studio, name):
 
 def results(name):
     """The outputs of a picture in the making, by what `studio.py` calls them."""
-    look = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+    look = {"format": "png", "interactive": False, "show_label": False}
     with gr.Row():
-        picture = gr.Image(label="Image", elem_id=f"{name}-picture", **look)
-        order = gr.Image(label="Step of each cell", elem_id=f"{name}-order", **look)
+        picture = gr.Image(label="Image", buttons=["download"], elem_id=f"{name}-picture", **look)
+        order = gr.Image(label="Step of each cell", buttons=[], elem_id=f"{name}-order", **look)
     words = gr.Markdown(elem_id=f"{name}-words")
     return {"picture": picture, "order": order, "words": words, "made": gr.State()}
 
@@ -155,8 +164,9 @@ def build(studio):
                 with gr.Row():
                     upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
                     take = gr.Button("Take the generated one", elem_id="take")
+                gr.Markdown("Paint over what is to change.")
                 editor = gr.ImageEditor(
-                    label="Paint over what is to change", sources=(), transforms=(), layers=False,
+                    label="Picture", show_label=False, sources=(), transforms=(), layers=False,
                     brush=gr.Brush(default_size=30, colors=["#ff2d2d"], color_mode="fixed"), format="png",
                     canvas_size=canvas, fixed_canvas=True, elem_id="editor",
                 )  # fmt: skip
@@ -176,6 +186,7 @@ def build(studio):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_port(args.host, args.port)
     with cli.checking():
         studio = load(args)
     build(studio).launch(

@@ -195,16 +195,17 @@ def _compared(studio, wish, show):
         seconds[steps] = time.perf_counter() - begun
     ratio = seconds[num_tokens] / seconds[wish.steps]
     return (
-        f"Measured here, nothing shown meanwhile: {wish.steps} steps {seconds[wish.steps]:.3f} s, one token "
-        f"at a time ({num_tokens} steps) {seconds[num_tokens]:.3f} s: **{ratio:.1f} times as long**."
+        f"Measured here once, nothing shown meanwhile: {wish.steps} steps {seconds[wish.steps]:.3f} s, one "
+        f"token at a time ({num_tokens} steps) {seconds[num_tokens]:.3f} s: **{ratio:.1f} times as long**."
     )
 
 
 def _order_map(whole, sizes, settings):
     """The step of each cell of the first image, from 1 (0 is kept), drawn: uint8 [H, W, 3]."""
     steps = steps_of_cells(whole[:1], sizes)[0] + (len(sizes) == len(settings.group_sizes))
+    title = f"step of each cell, {settings.order} order"
     with tempfile.TemporaryDirectory(prefix="lpd-order-") as folder:
-        pictures.save_order_map(Path(folder) / "order.png", steps.reshape(settings.grid_size, -1), "")
+        pictures.save_order_map(Path(folder) / "order.png", steps.reshape(settings.grid_size, -1), title)
         return np.asarray(Image.open(Path(folder) / "order.png").convert("RGB"))
 
 

@@ -167,6 +167,16 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise():
     assert app.parse_args(["--host", "0.0.0.0"]).host == "0.0.0.0"
 
 
+def test_a_port_in_use_is_told_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        outcome = programs.call_main(app.main, "--port", port)
+    assert (outcome.status, outcome.err) == (
+        2,
+        f"error: --host 127.0.0.1 --port {port}: Address already in use\n",
+    )
+
+
 @pytest.mark.parametrize(
     "flags, told",
     [
@@ -177,6 +187,8 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise():
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line(flags, told):
+    if "--port" not in flags:
+        flags = ("--port", programs.free_port(), *flags)
     outcome = programs.call_main(app.main, *flags)
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert told in outcome.err
