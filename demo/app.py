@@ -69,11 +69,11 @@ def load(args):
 
 
 def check_port(host, port):
-    """Refuse an address of which another process, or the lack of rights, keeps us, before weights are read."""
+    """Refuse an address that another process has, or that is not ours to take, before weights are read."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise cli.UsageError(f"--host {host} --port {port}: {error.strerror}") from None
+        raise cli.UsageError(f"--host {host} --port {port}: {error.strerror.split(' (')[0]}") from None
 
 
 @contextmanager

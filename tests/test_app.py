@@ -7,7 +7,6 @@ them where it may.
 import io
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def page(tmp_path_factory):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", log
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(PATIENCE)
 
 
