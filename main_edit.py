@@ -147,7 +147,7 @@ def load(args, image, mask, device):
 
 def edit(model, tokenizer, settings, label, pixels, batch_size, device):
     """The edited pictures, uint8 [num, S, S, 3], and of the first ones the film, a list of such arrays."""
-    tokens = tokenizer.encode(to_unit(pixels[None]).to(device))  # [1, L]
+    tokens = tokenizer.encode(to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = [], []
     for ids in torch.arange(len(settings.known)).split(batch_size):
         keep, order = torch.from_numpy(settings.known[ids.numpy()]), settings.orders(ids.numpy())
