@@ -25,7 +25,7 @@ from demo import app  # noqa: E402
 from demo.studio import Studio  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 60  # seconds for one thing to happen on a busy machine
+PATIENCE = 180  # seconds for one thing to happen on a busy machine
 
 
 @pytest.fixture(scope="module")
