@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Sets up what LPD needs, and says what it does. Quick when nothing has changed.
-#   bash environment_setup.sh [--dev] [ENV]
+#   bash environment_setup.sh [--dev] [--app] [ENV]
 # With a name ENV and conda present: a conda environment of that name. Otherwise: a virtual environment in
-# .venv of this repository. --dev adds what the tests need; PYTHON=... chooses the Python (3.10 or later).
+# .venv of this repository. --dev adds what the tests need, --app what the page needs; PYTHON=... chooses the
+# Python (3.10 or later).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -75,8 +76,9 @@ name=
 for arg in "$@"; do
     case $arg in
         --dev) files+=(requirements-dev.txt) ;;
+        --app) files+=(requirements-app.txt) ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit ;;
-        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [ENV]" ;;
+        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [--app] [ENV]" ;;
         *)
             if [[ -n $name ]]; then usage_error "one name at most: $name, $arg"; fi
             name=$arg

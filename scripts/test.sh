@@ -3,7 +3,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash environment_setup.sh --dev
+bash environment_setup.sh --dev --app
+# The page is tested in a browser. Where it cannot be installed those tests are skipped and say so.
+if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+    echo "installing Debian's chromium"
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+        >/dev/null || echo "chromium could not be installed" >&2
+fi
 status=0
 .venv/bin/python -m ruff check . || { status=1; echo "lint failed: see above" >&2; }
 .venv/bin/python -m pytest "$@" || status=$?

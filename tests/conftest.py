@@ -11,7 +11,7 @@ from models.vqgan import VQConfig, VQModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# A shell starts what it runs in the background with Ctrl-C ignored, which the programs under test would inherit.
+# A shell starts background commands with Ctrl-C ignored, which the programs under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -9,8 +9,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARIES = ("models", "orders", "util")
 PACKAGES = (*LIBRARIES, "engine")
 PROGRAMS = sorted(REPOSITORY.glob("main_*.py")) + sorted((REPOSITORY / "scripts").rglob("*.py"))
+DEMO = sorted((REPOSITORY / "demo").rglob("*.py"))
 OWN = {*PACKAGES, "benchmarks", "demo", "scripts", "tests", *(path.stem for path in PROGRAMS)}
 MAY_IMPORT = {name: {name} for name in LIBRARIES} | {"engine": set(PACKAGES), "main": set(PACKAGES)}
+MAY_IMPORT["demo"] = {*PACKAGES, "demo"}
 
 # Text with "cuda" in it outside util/dist.py, by file, each with its reason.
 CUDA_TEXTS = {
@@ -20,7 +22,9 @@ CUDA_TEXTS = {
 
 def sources():
     """(path relative to the repository, syntax tree) of every program and library file."""
-    paths = PROGRAMS + [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    paths = (
+        PROGRAMS + DEMO + [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    )
     return [(path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text("utf-8"))) for path in paths]
 
 
@@ -28,9 +32,9 @@ SOURCES = sources()
 
 
 def layer(path):
-    """The library a file is in, `main` for a program."""
+    """The library a file is in, or demo; `main` for a program."""
     first = path.split("/")[0]
-    return first if first in PACKAGES else "main"
+    return first if first in (*PACKAGES, "demo") else "main"
 
 
 def imported(tree):
@@ -62,7 +66,7 @@ def cuda_mentions(tree):
 
 
 def test_there_are_files_to_look_at():
-    assert {layer(path) for path, _ in SOURCES} == {*PACKAGES, "main"}
+    assert {layer(path) for path, _ in SOURCES} == {*PACKAGES, "demo", "main"}
 
 
 @pytest.mark.parametrize("path, tree", SOURCES, ids=[path for path, _ in SOURCES])

@@ -204,7 +204,7 @@ esac
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what environment_setup.sh works on, with a stand-in for Python beside it."""
-    for name in ("environment_setup.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("environment_setup.sh", *(path.name for path in REPO.glob("requirements*.txt"))):
         shutil.copy(REPO / name, tmp_path)
     fake = tmp_path / "python"
     fake.write_text(FAKE_PYTHON)
@@ -241,6 +241,8 @@ def test_setup_installs_once_and_again_what_changed(checkout):
     (folder / "requirements.txt").write_text("torch\n")
     assert setup("--dev").returncode == 0
     assert installed()[2:] == ["requirements.txt"]
+    assert setup("--app").returncode == 0
+    assert installed()[3:] == ["requirements-app.txt"]
 
 
 def test_setup_goes_on_after_a_failed_install(checkout):

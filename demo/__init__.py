@@ -1,0 +1,1 @@
+"""The page and the notebook: they call `engine`, nothing calls them."""
