@@ -57,8 +57,7 @@ def parse_args(argv=None):
 
 def load(args):
     """The Studio of the weights that the flags name, checked."""
-    args.pretrained_ckpt = cli.weights_file("--pretrained_ckpt", args.pretrained_ckpt)
-    cli.existing_file("--vqgan_path", args.vqgan_path)
+    cli.find_files(args)
     device = dist.choose_device(args.device)
     tokenizer = load_tokenizer(args.vqgan_path)
     cli.check_tokenizer_flags(args, tokenizer.config)

@@ -71,8 +71,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2,requeue_delay=1
 ReturnToService=2
+SlurmdParameters=config_overrides
 KillWait=10
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     echo CgroupPlugin=cgroup/v1 >"$dir/cgroup.conf" # loaded by slurmd 22.05 even where nothing uses it
