@@ -6,6 +6,7 @@
 The floor is the least time of the products that a trajectory cannot do without: those of the linears, of the
 rows of each step. `products` times the very products, in turns with the generation. `floor` computes it: each
 is bound by the device's rate of arithmetic or by reading its weights once, both rates measured in this run.
+`packed products`, on a CPU, are those products on weights in the layout that the fast path uses.
 Attention, which is left out of both, and all that is no product is what the rest of the time goes to.
 
 Weights are random unless given: times do not depend on them, the decoder's PSNR (of the fast one against the
@@ -18,6 +19,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from engine.fast_generate import FastGenerator  # noqa: E402
 from engine.generate import generate_images, generate_tokens  # noqa: E402
 from engine.settings import resolve_settings  # noqa: E402
 from models.lpd import LPD, LPD_CONFIGS  # noqa: E402
+from models.packed import PackedLinear  # noqa: E402
 from models.vqgan import FastDecoder, VQConfig, VQModel  # noqa: E402
 from util import cli, dist  # noqa: E402
 from util.files import write_json  # noqa: E402
@@ -78,15 +81,19 @@ def needed_products(model, group_sizes, branches):
         yield n, model.head.weight
 
 
-def run_products(products, batch):
-    """A function that computes these products and nothing else."""
+def run_products(products, batch, *, pack=False):
+    """A function that computes these products alone; `pack`: on weights laid out as a CPU reads them."""
     most = batch * max(rows for rows, _ in products)
     inputs = {w.shape[1]: torch.randn(most, w.shape[1], dtype=w.dtype, device=w.device) for _, w in products}
+    by_weight = {
+        w: PackedLinear(SimpleNamespace(weight=w, bias=None)) if pack else partial(F.linear, weight=w)
+        for _, w in products
+    }
 
     @torch.inference_mode()
     def run():
         for rows, weight in products:
-            F.linear(inputs[weight.shape[1]][: batch * rows], weight)
+            by_weight[weight](inputs[weight.shape[1]][: batch * rows])
 
     return run
 
@@ -127,6 +134,8 @@ def time_batch(args, made, settings, products, batch, device, rates):
         for name, function in made.items()
     }
     calls["products"] = run_products(products, batch)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        calls["packed products"] = run_products(products, batch, pack=True)
     seconds = measure.seconds_in_turns(calls, device, n=args.n, warm_up=2)
     floor = floor_seconds(products, batch, rates)
     return [
