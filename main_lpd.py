@@ -260,7 +260,7 @@ def train_config(args, shape, info, num_images, world):
     except ValueError as error:
         raise ValueError(f"--group_sizes_list: {error}") from None
     global_batch = args.batch_size * args.accum_iter * world.size
-    return TrainConfig(
+    config = TrainConfig(
         model=model, num_images=num_images,
         schedules=schedules,
         epochs=args.epochs, global_batch=global_batch,
@@ -269,6 +269,11 @@ def train_config(args, shape, info, num_images, world):
         lr_decay_start_epoch=args.lr_decay_start_epoch, weight_decay=args.weight_decay,
         grad_clip=args.grad_clip, ema=args.ema, bf16=args.bf16, seed=args.seed,
     )  # fmt: skip
+    if not config.num_steps:
+        raise ValueError(
+            f"--epochs {args.epochs} of {num_images} images are no step of {global_batch} images"
+        )
+    return config
 
 
 def judge_of(args, device, img_size):

@@ -164,6 +164,7 @@ CASES = [  # command, what is changed in it, what the message must have; all end
     ("train", {"label_drop_prob": 1.5}, ["--label_drop_prob", "1.5"]),
     ("train", {"seed": -1}, ["--seed", "-1"]),
     ("train", {"seed": 2**40}, ["--seed", str(2**40), str(2**31 - 1)]),
+    ("train", {"epochs": 0}, ["--epochs 0", "no step of 4"]),
     ("train", {"lr_schedule": "cosine", "warmup_epochs": 9}, ["--warmup_epochs 9", "--epochs 4"]),
     ("train", {"lr_schedule": "constant+cosine", "lr_decay_start_epoch": 9},
      ["--lr_decay_start_epoch 9", "--epochs 4"]),
