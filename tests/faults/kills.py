@@ -4,8 +4,8 @@
 
 Each of the programs below does a small real job once undisturbed, then again and again in new folders,
 killed after a random part of its time and started again. What it leaves, left-overs and hidden files
-included, must be the same bytes; of records only the seconds may differ, of checkpoints only how a tensor lies
-in memory. fp32, on the CPU. The jobs are forked, so a kill falls into the work and not into imports.
+included, must be the same bytes; of records only the seconds may differ, of checkpoints only how a tensor
+lies in memory. fp32, on the CPU. The jobs are forked, so a kill falls into the work and not into imports.
 """
 
 import argparse
