@@ -94,7 +94,9 @@ class CacheMeta:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no token cache description ({error})") from None
         if meta.format != FORMAT:
-            raise ValueError(f"{path}: token cache of format {meta.format}, this program reads {FORMAT}")
+            raise ValueError(
+                f"{path}: token cache of format {meta.format!r:.40}, this program reads {FORMAT}"
+            )
         return meta
 
 
