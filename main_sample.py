@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds an image, decoding of tokens included: alone (batch 1, least of three), and as one of a batch."""
+    """Seconds an image, decoding included: alone (batch 1, the least of three), and as one of a batch."""
 
     name: str
     steps: int
