@@ -192,7 +192,11 @@ def main(argv=None):
         world = dist.World(0, 1, dist.choose_device(args.device))
         config = train_config(args)
     settings = {k: v for k, v in vars(args).items() if k not in ("profile", "output_file")}
-    result = record(world.device, settings=settings, **measured(args, config, world))
+    try:
+        result = record(world.device, settings=settings, **measured(args, config, world))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise cli.Failure(f"--batch_size {args.batch_size}, --against {args.against}: {reason}") from None
     variants = result["variants"]
     print(json.dumps({k: v for k, v in result.items() if k != "variants"}, indent=1))
     keys = list(variants["fast"])
