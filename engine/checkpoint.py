@@ -106,6 +106,17 @@ def _check_zip(path):
         raise ValueError(f"{path}: damaged, the checksum of {damaged} is wrong")
 
 
+def check_parts(path, checkpoint, *names):
+    """Refuse a checkpoint without one of these parts.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name in names:
+        if name not in checkpoint:
+            raise ValueError(f"{path}: no checkpoint of this training, {name} is missing")
+
+
 def check_same_config(path, saved, now):
     """Refuse to resume with other settings than a checkpoint's; both are dicts of plain values.
 

@@ -16,9 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint, save_weights
+from engine.checkpoint import (
+    check_parts,
+    check_same_config,
+    load_last_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from engine.guard import Guard, backward, check_weights, give_up
 from models.lpd import LPD, LPDConfig, lpd_loss
+from models.pretrained import load_state
 from util import dist
 from util.images import image_loader, readable_pixels, to_unit
 from util.signals import Stopped, StopRequest
@@ -97,7 +104,8 @@ class TrainState:
                 f"{path}: weights without training state; start from them with --pretrained_ckpt"
             )
         check_same_config(path, checkpoint["train_config"], asdict(config))
-        self.model.load_state_dict(checkpoint["model"])
+        check_parts(path, checkpoint, "model", "optimizer", "ema", "step")
+        load_state(self.model, checkpoint["model"], path)
         saved = checkpoint["optimizer"]
         for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True):
             group["fused"] = own["fused"]  # how steps are computed is this run's choice

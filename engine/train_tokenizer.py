@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import check_same_config, load_last_checkpoint, save_checkpoint
+from engine.checkpoint import check_parts, check_same_config, load_last_checkpoint, save_checkpoint
 from engine.guard import Guard, backward, check_weights, give_up
+from models.pretrained import load_state
 from models.vqgan import VQConfig, VQModel
 from util import dist, pictures
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
@@ -76,7 +77,8 @@ class TokenizerState:
         if "code_use" not in checkpoint:
             raise ValueError(f"{path}: no checkpoint of tokenizer training: give another --output_dir")
         check_same_config(path, checkpoint["train_config"], asdict(config))
-        self.model.load_state_dict(checkpoint["model"])
+        check_parts(path, checkpoint, "model", "optimizer", "step")
+        load_state(self.model, checkpoint["model"], path)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if world.is_main:  # the sum over all processes is summed again at the next revival
             self.code_use.copy_(checkpoint["code_use"])

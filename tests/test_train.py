@@ -17,7 +17,7 @@ from programs import call, finished, train_flags
 
 import engine.train
 from engine.batches import own_part
-from engine.checkpoint import load_checkpoint, load_tokenizer, read_weights
+from engine.checkpoint import load_checkpoint, load_tokenizer, read_weights, save_checkpoint
 from engine.generate import generate_tokens
 from engine.train import (
     CachedTokens,
@@ -360,6 +360,27 @@ def test_batches_from_images_and_from_the_cache_are_the_same_tokens_and_labels()
     plan = [(np.array([3, 17, 3]), np.array([0, 1, 1])), (np.array([8]), np.array([0]))]
     for ours, theirs in zip(cache.batches(iter(plan)), encoded.batches(iter(plan)), strict=True):
         assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("missing", ["model", "optimizer", "ema", "step"])
+def test_checkpoint_without_one_of_its_parts_is_refused_by_name(tmp_path, missing):
+    path, state = tmp_path / "checkpoint-last.pth", new_state(CONFIG, torch.device("cpu"))
+    state.save(path, CONFIG, {})
+    checkpoint = load_checkpoint(path)
+    del checkpoint[missing]
+    save_checkpoint(tmp_path / "cut.pth", checkpoint)
+    with pytest.raises(ValueError, match=f"cut.pth: no checkpoint of this training, {missing} is missing"):
+        state.load(tmp_path / "cut.pth", CONFIG)
+
+
+def test_checkpoint_with_weights_of_another_shape_is_refused_by_name(tmp_path):
+    state = new_state(CONFIG, torch.device("cpu"))
+    state.save(tmp_path / "checkpoint-last.pth", CONFIG, {})
+    checkpoint = load_checkpoint(tmp_path / "checkpoint-last.pth")
+    checkpoint["model"]["mask_token"] = torch.zeros(3)
+    save_checkpoint(tmp_path / "other.pth", checkpoint)
+    with pytest.raises(ValueError, match=r"other.pth: mask_token has shape \[3\]"):
+        state.load(tmp_path / "other.pth", CONFIG)
 
 
 if __name__ == "__main__":
