@@ -45,3 +45,8 @@ def golden():
     if not folder.is_dir():
         pytest.skip(f"no golden values: {folder} is not there")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The tests on SLURM, which wait for minutes, first: with two processes the others run beside them."""
+    items.sort(key=lambda item: "test_slurm" not in item.nodeid)
