@@ -12,5 +12,5 @@ if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null && ! command -v chromium >
 fi
 status=0
 .venv/bin/python -m ruff check . || { status=1; echo "lint failed: see above" >&2; }
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@" || status=$?
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 exit "$status"
