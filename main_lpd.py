@@ -326,7 +326,8 @@ def prepare_training(args, world):
         cli.check_tokenizer_flags(args, tokenizer.config)
     source, shape, info = open_source(args, tokenizer, world)
     config = train_config(args, shape, info, source.num_images, world)
-    state = new_state(config, world.device, fused=args.compile)
+    # On a GPU in any case: without it, leaving out a step that has no usable gradient waits for the GPU.
+    state = new_state(config, world.device, fused=args.compile or dist.is_nvidia(world.device))
     state.model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         compile_training(state.model, world.device, bf16=args.bf16)

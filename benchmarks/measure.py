@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from datetime import date
-from statistics import median
 
 import torch
 
@@ -35,11 +34,6 @@ def seconds_in_turns(functions, device, *, n=5, warm_up=1):
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def median_seconds(function, device, *, n=5, warm_up=1):
-    """The median of the seconds of n calls."""
-    return median(seconds_in_turns({"": function}, device, n=n, warm_up=warm_up)[""])
 
 
 def matmul_rate(device, dtype, *, size=None):

@@ -92,8 +92,9 @@ def new_state(config, device):
     if device.type == "cpu":  # oneDNN convolutions run fastest so
         model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay,
+        fused=dist.is_nvidia(device),  # else leaving out a step without a usable gradient waits for the GPU
+    )  # fmt: skip
     return TokenizerState(model, optimizer, torch.zeros(config.model.vocab_size, device=device))
 
 
