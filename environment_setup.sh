@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up what LPD needs, and says what it does. Quick when nothing has changed.
+# Makes the Python environment of LPD and puts this repository on its path. Quick if nothing has changed.
 #   bash environment_setup.sh [--dev] [--app] [ENV]
-# With a name ENV and conda present: a conda environment of that name. Otherwise: a virtual environment in
-# .venv of this repository. --dev adds what the tests need, --app what the page needs; PYTHON=... chooses the
-# Python (3.10 or later).
+# With a name ENV, and conda installed: a conda environment of that name. Otherwise a virtual environment in
+# .venv of this repository. --dev adds the packages for the tests, --app those for the page; PYTHON=... selects
+# the Python (3.10 or later).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -19,7 +19,7 @@ recent() {
 find_python() { # sets python
     if [[ -n ${PYTHON:-} ]]; then
         recent "$PYTHON" ||
-            usage_error "PYTHON=$PYTHON is no Python 3.10 or later: it says $(version_of "$PYTHON" || echo nothing)"
+            usage_error "PYTHON=$PYTHON is not Python 3.10 or later but $(version_of "$PYTHON" || echo "no Python")"
         python=$PYTHON
         return
     fi
@@ -31,7 +31,7 @@ find_python() { # sets python
 
 make_venv() {
     "$python" -m venv --clear .venv && return
-    # Debian keeps venv's pip in a package of its own.
+    # Debian has venv's pip in a separate package.
     if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
         echo "installing Debian's python3-venv"
         { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv; } >/dev/null &&
@@ -59,16 +59,22 @@ setup_conda() { # sets prefix
         usage_error "conda environment $1 has Python $(version_of "$prefix/bin/python"): LPD needs 3.10 or later"
 }
 
-install() { # A copy of each file that is installed stays in the environment, so nothing is done twice.
+install() { # A copy of each installed file stays in the environment, so nothing is installed twice.
     local file
     mkdir -p "$prefix/lpd"
     for file in "$@"; do
         if cmp -s "$file" "$prefix/lpd/$file"; then continue; fi
         echo "installing $file (with torch this is several GB: a few minutes)"
         "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore -r "$file" ||
-            failure "installing $file into $prefix failed: run this again to go on"
+            failure "installing $file into $prefix failed: run this again to resume"
         cp "$file" "$prefix/lpd/$file"
     done
+}
+
+add_to_path() { # so that the programs import the repository's modules from any folder
+    local site
+    site=$("$prefix/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    [[ $(cat "$site/lpd.pth" 2>/dev/null) == "$PWD" ]] || echo "$PWD" >"$site/lpd.pth"
 }
 
 files=(requirements.txt)
@@ -90,10 +96,11 @@ if [[ -n $name ]] && command -v conda >/dev/null; then
     setup_conda "$name"
     use="conda activate $name"
 else
-    if [[ -n $name ]]; then echo "conda is not here: using .venv instead of $name"; fi
+    if [[ -n $name ]]; then echo "no conda: using .venv instead of $name"; fi
     find_python
     setup_venv
     use="source $prefix/bin/activate"
 fi
 install "${files[@]}"
+add_to_path
 echo "environment ready: $use"

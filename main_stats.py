@@ -3,9 +3,7 @@
     torchrun --nproc_per_node 8 main_stats.py --data_path imagenet/train --output_file imagenet256.npz
     python main_stats.py --reference_batch VIRTUAL_imagenet256_labeled.npz --output_file adm256.npz
 
-Takes an image folder (ADM's centre crop) or one of ADM's reference batches, at any size. The sums take 34 MB
-whatever the number of images; --save_features takes 8 KB an image on every process, which is meant for
-50,000 of them.
+Takes an image folder (ADM's centre crop) or one of ADM's reference batches, at any size.
 """
 
 from pathlib import Path
@@ -16,90 +14,28 @@ from tqdm import tqdm
 
 from engine.features import EXTRACTORS, make_extractor
 from engine.metrics import RunningStatistics, save_statistics
-from util import cli, dist
+from util import cli, distributed
+from util.files import map_array
 from util.images import image_loader, in_order, list_images, readable_pixels
-from util.npz import open_array
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Reference statistics for FID")
-    parser.add_argument("--data_path", metavar="DIR", help="CLASS/IMAGE folders")
-    parser.add_argument(
-        "--reference_batch", metavar="FILE", help=".npz with arr_0 uint8 [n, H, W, 3], as of ADM"
-    )
-    parser.add_argument("--output_file", metavar="FILE", help=".npz to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output_file")
-    parser.add_argument(
-        "--img_size", type=cli.number(int, 1), help="pixels; default: 256, or the batch's own"
-    )
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=64)
-    parser.add_argument(
-        "--save_features", action="store_true", help="keep the features, for KID and precision"
-    )
-    parser.add_argument("--features", choices=EXTRACTORS, default="inception")
-    parser.add_argument(
-        "--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache"
-    )
+    add = parser.add_argument
+    add("--data_path", metavar="DIR", help="CLASS/IMAGE folders")
+    add("--reference_batch", metavar="FILE", help="ADM's .npz: arr_0 uint8 [n, H, W, 3]")
+    add("--output_file", metavar="FILE", help=".npz to write")
+    add("--overwrite", action="store_true", help="replace --output_file")
+    add("--img_size", type=cli.number(int, 1), help="pixels; default: 256, or the batch's own")
+    add("--batch_size", type=cli.number(int, 1), default=64)
+    add("--save_features", action="store_true", help="for KID and precision: 8 KB an image, on each process")
+    add("--features", choices=EXTRACTORS, default="inception")
+    add("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
 
-def folder_images(folder, img_size, indices, batch_size, num_workers):
-    """uint8 [b, H, W, 3] batches of the images of a folder with these indices."""
-    for items in image_loader(folder, img_size, in_order(indices, batch_size), num_workers):
-        yield torch.from_numpy(readable_pixels(items)[1])
-
-
-def array_images(array, indices, batch_size):
-    """uint8 [b, H, W, 3] batches of a memory-mapped or loaded array."""
-    for batch, _ in in_order(indices, batch_size):
-        yield torch.from_numpy(array[batch])
-
-
-def open_images(args):
-    """The images: their number, facts about them, and a function that gives batches of some indices."""
-    if args.data_path:
-        cli.existing_folder("--data_path", args.data_path)
-        folder, img_size = list_images(args.data_path), args.img_size or 256
-        facts = {"img_size": img_size, "preparation": f"centre crop to {img_size} px"}
-
-        def images(indices):
-            return folder_images(folder, img_size, indices, args.batch_size, args.num_workers)
-
-        return len(folder), facts, images
-    cli.existing_file("--reference_batch", args.reference_batch)
-    array = open_array(args.reference_batch, "arr_0")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise ValueError(
-            f"--reference_batch: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n, H, W, 3]"
-        )
-    if args.img_size not in (None, array.shape[1]):
-        raise ValueError(f"--img_size is {args.img_size}, {args.reference_batch} holds {array.shape[1]} px")
-    facts = {"img_size": array.shape[1], "preparation": f"reference batch of {array.shape[1]} px, as it is"}
-    return len(array), facts, lambda indices: array_images(array, indices, args.batch_size)
-
-
-def gather_statistics(world, n, images, extractor, *, keep):
-    """Statistics over all processes and, if `keep`, the features in order; None on all but the first."""
-    mine = np.array_split(np.arange(n), world.size)[world.rank]
-    running, kept = RunningStatistics(extractor.num_features), [torch.empty(0, extractor.num_features)]
-    with tqdm(total=len(mine), unit="img", disable=not world.is_main, mininterval=1) as progress:
-        for batch in images(mine):
-            features = extractor(batch.to(world.device))["features"].cpu()
-            running.add(features)
-            if keep:
-                kept.append(features)
-            progress.update(len(batch))
-    parts = dist.gather_objects((running, torch.cat(kept)))
-    if not world.is_main:
-        return None, None
-    for part, _ in parts[1:]:
-        running.merge(part)
-    return running.finish(), torch.cat([features for _, features in parts]).numpy() if keep else None
-
-
-def main(argv=None):
-    args = parse_args(argv)
+def check(args):
     cli.required(args, "output_file")
     if bool(args.data_path) == bool(args.reference_batch):
         raise cli.UsageError("give either --data_path or --reference_batch")
@@ -109,21 +45,77 @@ def main(argv=None):
     if output.exists() and not args.overwrite:
         raise cli.UsageError(f"--output_file {output} exists: give another name or --overwrite")
     cli.writable_folder("--output_file", output.parent)
+    if args.data_path:
+        cli.existing_folder("--data_path", args.data_path)
+    else:
+        cli.existing_file("--reference_batch", args.reference_batch)
+
+
+def open_folder(args):
+    """The images of --data_path: their number, their size in pixels, how they are prepared, and a function
+    from indices to batches uint8 [b, H, W, 3]."""
+    folder, size = list_images(args.data_path), args.img_size or 256
+
+    def batches(indices):
+        for items in image_loader(folder, size, in_order(indices, args.batch_size), args.num_workers):
+            yield torch.from_numpy(readable_pixels(items)[1])
+
+    return len(folder), size, f"centre crop to {size} px", batches
+
+
+def open_batch(args):
+    """The images of --reference_batch, as `open_folder`."""
+    array = map_array(args.reference_batch, "arr_0")
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise ValueError(
+            f"--reference_batch: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n, H, W, 3]"
+        )
+    size = array.shape[1]
+    if args.img_size not in (None, size):
+        raise ValueError(f"--img_size is {args.img_size}, {args.reference_batch} holds {size} px")
+
+    def batches(indices):
+        for batch, _ in in_order(indices, args.batch_size):
+            yield torch.from_numpy(array[batch])
+
+    return len(array), size, f"reference batch of {size} px, as it is", batches
+
+
+def gather_statistics(world, n, batches, extractor, save_features):
+    """Statistics over all processes and, if asked for, the features in image order; rank 0 has them all."""
+    own = np.array_split(np.arange(n), world.size)[world.rank]
+    running, features = RunningStatistics(extractor.num_features), [torch.empty(0, extractor.num_features)]
+    with tqdm(total=len(own), unit="img", disable=not world.is_main, mininterval=1) as progress:
+        for images in batches(own):
+            found = extractor(images.to(world.device))["features"].cpu()
+            running.add(found)
+            if save_features:
+                features.append(found)
+            progress.update(len(images))
+    parts = distributed.gather_objects((running, torch.cat(features)))
+    for other, _ in parts[1:]:
+        parts[0][0].merge(other)
+    return parts[0][0], torch.cat([features for _, features in parts]).numpy() if save_features else None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check(args)
     with cli.checking():
-        world = dist.init(args.device)
-        n, facts, images = open_images(args)
+        world = distributed.init(args.device)
+        n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args)
         if n < 2:
             raise ValueError(f"{n} images: statistics need at least 2")
         extractor = make_extractor(args.features, world.device, args.inception)
-    statistics, features = gather_statistics(world, n, images, extractor, keep=args.save_features)
+    running, features = gather_statistics(world, n, batches, extractor, args.save_features)
     if world.is_main:
         save_statistics(
-            output, statistics, features=features, extractor=extractor.name,
-            extractor_digest=extractor.digest, **facts,
-        )  # fmt: skip
-        print(f"{output}: {n} images, {extractor.num_features} features of {extractor.name}, "
-              f"{facts['preparation']}")  # fmt: skip
-    dist.finish()
+            args.output_file, running.finish(), features=features, extractor=extractor.name,
+            extractor_digest=extractor.digest, img_size=size, preparation=preparation,
+        )
+        of_what = f"{extractor.num_features} features of {extractor.name}, {preparation}"
+        print(f"{args.output_file}: {n} images, {of_what}")
+    distributed.finish()
 
 
 if __name__ == "__main__":

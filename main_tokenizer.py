@@ -8,37 +8,30 @@ Run the same command again to resume. Writes tokenizer.safetensors, reconstructi
 import json
 from pathlib import Path
 
-from engine.checkpoint import save_weights
-from engine.guard import LossNotFinite
+from engine.checkpoint import LAST
+from engine.loop import LossNotFinite, RunSettings
 from engine.train_tokenizer import TokenizerTrainConfig, evaluate_tokenizer, new_state, train_tokenizer
 from models.vqgan import VQConfig
-from util import cli, dist, pictures
+from models.weights import save_weights
+from util import cli, distributed, pictures
 from util.files import write_json
 from util.images import list_images, split_folder
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train a VQ tokenizer on a folder of images")
-    parser.add_argument(
-        "--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/ and val/"
-    )
-    parser.add_argument("--output_dir", metavar="DIR")
-    parser.add_argument("--img_size", type=cli.number(int, 1), default=256)
-    parser.add_argument("--vocab_size", type=cli.number(int, 2, 65536), default=16384)
-    parser.add_argument("--code_dim", type=cli.number(int, 1), default=8)
-    parser.add_argument("--base_width", type=cli.number(int, 32), default=128, help="a multiple of 32")
-    parser.add_argument("--multipliers", type=cli.number(int, 1), nargs="+", default=[1, 1, 2, 2, 4])
-    parser.add_argument("--num_res_blocks", type=cli.number(int, 1), default=2)
-    parser.add_argument("--z_channels", type=cli.number(int, 1), default=256)
-    parser.add_argument("--epochs", type=cli.number(float, 0), default=2.0)
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=64, help="per process")
-    parser.add_argument("--lr", type=cli.number(float, 0), default=1e-3)
-    parser.add_argument("--warmup_steps", type=cli.number(int, 0), default=100)
-    parser.add_argument("--bf16", action="store_true")
+    add = parser.add_argument
+    add("--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/ and val/")
+    add("--output_dir", metavar="DIR")
+    add("--vocab_size", type=cli.number(int, 2, 65536), default=16384)
+    add("--code_dim", type=cli.number(int, 1), default=8)
+    add("--base_width", type=cli.number(int, 32), default=128, help="a multiple of 32")
+    add("--multipliers", type=cli.number(int, 1), nargs="+", default=[1, 1, 2, 2, 4])
+    add("--num_res_blocks", type=cli.number(int, 1), default=2)
+    add("--z_channels", type=cli.number(int, 1), default=256)
+    cli.add_settings(parser, TokenizerTrainConfig)
+    add("--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints")
     cli.add_seed_flag(parser)
-    parser.add_argument(
-        "--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints"
-    )
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
 
@@ -49,37 +42,37 @@ def main(argv=None):
     cli.existing_folder("--data_path", args.data_path)
     output_dir = cli.writable_folder("--output_dir", args.output_dir)
     with cli.checking():
-        world = dist.init(args.device)
-        config = TokenizerTrainConfig(
-            model=VQConfig(
-                args.vocab_size, args.code_dim, args.base_width, tuple(args.multipliers), args.num_res_blocks,
-                args.z_channels,
-            ),
-            img_size=args.img_size, epochs=args.epochs, batch_size=args.batch_size * world.size, lr=args.lr,
-            warmup_steps=args.warmup_steps, bf16=args.bf16, seed=args.seed,
-        )  # fmt: skip
-        if args.img_size % config.model.stride:
-            raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {config.model.stride}")
-        folder = list_images(split_folder(args.data_path, "train"))
-        held_out = list_images(split_folder(args.data_path, "val"))
+        world = distributed.init(args.device)
+        config = train_config(args, world)
+        folder, held_out = (list_images(split_folder(args.data_path, part)) for part in ("train", "val"))
         state = new_state(config, world.device)
-        if (output_dir / "checkpoint-last.pth").exists():
-            state.load(output_dir / "checkpoint-last.pth", config, world)
+        if (output_dir / LAST).exists():
+            state.load(output_dir / LAST, world)
     with cli.sole_writer("--output_dir", output_dir, world):
+        run = RunSettings(output_dir, save_last_freq=args.save_every)
         try:
-            train_tokenizer(
-                state, config, folder, output_dir, world, num_workers=args.num_workers,
-                save_every=args.save_every,
-            )  # fmt: skip
+            train_tokenizer(state, folder, run, world, args.num_workers)
         except LossNotFinite as error:
             raise cli.Failure(error) from None
         if world.is_main:
             write_results(args, state, held_out, output_dir, world)
-    dist.finish()
+    distributed.finish()
+
+
+def train_config(args, world):
+    """The flags as one checked config."""
+    model = VQConfig(
+        args.vocab_size, args.code_dim, args.base_width, tuple(args.multipliers), args.num_res_blocks,
+        args.z_channels,
+    )
+    if args.img_size % model.stride:
+        raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {model.stride}")
+    batch_size = args.batch_size * world.size
+    return cli.settings_from(TokenizerTrainConfig, args, model=model, batch_size=batch_size, seed=args.seed)
 
 
 def write_results(args, state, held_out, output_dir, world):
-    """The weights, and how well they reconstruct images that were held out."""
+    """Write the weights, and how well they reconstruct images that were held out."""
     report, sheet = evaluate_tokenizer(
         state.model, held_out, args.img_size, world.device, num_workers=args.num_workers
     )

@@ -1,8 +1,4 @@
-"""Measuring, for every benchmark: times, the machine's own rates, and what stands beside a result's figures.
-
-Rates are measured, never looked up: a share of them is of this machine as it was in this run. Does not know
-what is measured.
-"""
+"""Timing for the benchmarks, this machine's own rates, and the facts that go with every result."""
 
 import platform
 import resource
@@ -13,11 +9,11 @@ from datetime import date
 
 import torch
 
-from util import dist
+from util.device import device_name, peak_memory, synchronize
 
 
 def seconds_in_turns(functions, device, *, n=5, warm_up=1):
-    """Seconds of each call of several functions, called in turns: load from elsewhere meets all of them.
+    """Time several functions in turns, so that load from elsewhere hits all of them.
 
     Args:
         functions: dict of name -> callable without arguments. n: timed calls of each. warm_up: calls before.
@@ -27,20 +23,19 @@ def seconds_in_turns(functions, device, *, n=5, warm_up=1):
     seconds = {name: [] for name in functions}
     for turn in range(-warm_up, n):
         for name, function in functions.items():
-            dist.synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             function()
-            dist.synchronize(device)
+            synchronize(device)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def matmul_rate(device, dtype, *, size=None):
-    """Operations a second (two for each multiply-add) of a square matrix product, the best of several.
+    """Operations a second (two per multiply-add) of a square matrix product, the best of several.
 
-    Args:
-        size: of the matrices; by default 2,048 on a CPU and 8,192 on a GPU, where both reach their rate.
+    `size` defaults to 2,048 on a CPU and 8,192 on a GPU, where both reach their rate.
     """
     size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -59,15 +54,15 @@ def bandwidth(device, *, num_bytes=2**29):
 
 
 def record(device, **measured):
-    """What was measured, behind the date, the command, the device and the versions; for a JSON file."""
+    """The measured values after the date, command, device and versions; for a JSON file."""
     return {
         "date": str(date.today()),
         "command": shlex.join(sys.argv),
-        "device": dist.device_name(device),
+        "device": device_name(device),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **measured,
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "peak_device_memory_gb": round(dist.peak_memory(device) / 2**30, 2),
+        "peak_device_memory_gb": round(peak_memory(device) / 2**30, 2),
     }

@@ -1,14 +1,12 @@
-"""Evaluation: images of a model as a stream, their features, the metrics, written down with their protocol.
+"""Evaluation: settings -> images as a stream -> features -> chunks on disk -> metrics -> one JSON.
 
-Knows which image has which number, label and order, and what decides an evaluation's numbers. Does not know
-model internals or flags.
-
-For 50,000 images and Inception (2,048 features and 1,008 logits of 4 bytes) the chunks take 0.61 GB of disk,
-and 9.8 GB more at 256 px (39 GB at 512) for `Keep.npz_path`, as much again as the file itself. A process
-holds the features of one chunk; the first one, at the end, all of them: docs/evaluation.md has the figures.
+A chunk is a file, complete or absent, of the features of consecutive images: a killed evaluation resumes with
+the missing ones. Batches do not depend on the number of processes, so neither do the numbers.
 """
 
+import shutil
 import time
+import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,64 +16,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch_fidelity
 from tqdm import tqdm
 
-from engine.chunks import ChunkStore, DamagedChunk, check_same
+from engine.features import make_extractor
 from engine.generate import generate_tokens
-from engine.metrics import compute_metrics
-from util import dist, npz
-from util.files import read_json, write_json
+from engine.metrics import compute_metrics, load_statistics
+from models.weights import state_digest
+from util.device import device_name, synchronize, timing_event
+from util.distributed import barrier, gather_objects
+from util.files import atomic, file_digest, map_array, read_arrays, read_json, refuse_changes, write_json
 from util.images import to_uint8
 from util.pictures import save_png
 
 PHASES = ("generate", "decode", "features")
 PUBLISHED_IMAGES = 50000
-MARK = "evaluation-images.json"  # marks a folder of PNGs as ours
+MIN_CHUNKS = 256  # if there are as many batches: any number of processes then shares them evenly
+MARKER = "evaluation-images.json"  # identifies a folder of PNGs as an evaluation's
 
 
 class EvaluationFailed(Exception):
-    """An evaluation that cannot go on."""
-
-
-def balanced_label(image_id, num_images, num_classes):
-    """The class of an image of an evaluation: classes in label order, equally many of each."""
-    return image_id * num_classes // num_images
-
-
-class Stopwatch:
-    """Seconds of the device spent in named phases. A GPU is not waited for until `lap`."""
-
-    def __init__(self, device):
-        self.device, self.events = device, []
-
-    @contextmanager
-    def __call__(self, phase):
-        start, end = dist.timing_event(self.device), dist.timing_event(self.device)
-        start.record()
-        yield
-        end.record()
-        self.events.append((phase, start, end))
-
-    def lap(self):
-        """Seconds of each of PHASES since the last lap, float64 [3]; waits for the device."""
-        dist.synchronize(self.device)
-        seconds = dict.fromkeys(PHASES, 0.0)
-        for phase, start, end in self.events:
-            seconds[phase] += start.elapsed_time(end) / 1000
-        self.events = []
-        return np.array(list(seconds.values()))
+    """An evaluation that cannot continue."""
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What images are measured with.
-
-    Attributes:
-        extractor: of engine.features. reference: from `load_statistics`, or None.
-        reference_digest: names the reference's file. kid, prc: compute these too.
-    Raises:
-        ValueError: the reference is of other features, or has none where kid and prc need them.
-    """
+class MetricSpec:
+    """What images are measured with: an extractor of engine.features, the reference of `load_statistics`, its
+    file's digest, and whether to compute KID and precision/recall. ValueError if these do not fit."""
 
     extractor: object
     reference: dict | None = None
@@ -83,268 +50,300 @@ class Judge:
     kid: bool = False
     prc: bool = False
 
+    @classmethod
+    def load(cls, features, device, img_size, *, inception=None, fid_stats=None, kid=False, prc=False):
+        """From an extractor's name and files. ValueError also for a reference of another image size."""
+        reference = load_statistics(fid_stats) if fid_stats else None
+        digest = file_digest(fid_stats) if fid_stats else ""
+        size = (reference or {}).get("img_size", img_size)
+        if size != img_size:
+            raise ValueError(f"--fid_stats is of {size} px images, the weights make {img_size} px")
+        return cls(make_extractor(features, device, inception), reference, digest, kid, prc)
+
     def __post_init__(self):
         reference, own = self.reference or {}, self.extractor
         if (self.kid or self.prc) and "features" not in reference:
             raise ValueError("--kid and --prc need --fid_stats made by main_stats.py --save_features")
-        if reference.get("extractor", own.name) != own.name:
-            raise ValueError(f"--fid_stats is of {reference['extractor']} features, --features is {own.name}")
-        if reference.get("extractor_digest", own.digest) != own.digest:
-            raise ValueError(
-                f"--fid_stats was made with {own.name} weights {reference['extractor_digest']}, "
-                f"now they are {own.digest}"
-            )
+        name, digest = (reference.get(key) for key in ("extractor", "extractor_digest"))
+        if name not in (None, own.name):
+            raise ValueError(f"--fid_stats is of {name} features, --features is {own.name}")
+        if digest not in (None, own.digest):
+            raise ValueError(f"--fid_stats is of {own.name} weights {digest}, now they are {own.digest}")
         if reference and len(reference["mu"]) != own.num_features:
-            raise ValueError(
-                f"--fid_stats: mu is [{len(reference['mu'])}], {own.name} has {own.num_features} features"
-            )
-
-    def check_size(self, img_size):
-        """Refuse a reference whose file says that it is of images of another size.
-
-        Raises:
-            ValueError: naming both.
-        """
-        size = (self.reference or {}).get("img_size", img_size)
-        if size != img_size:
-            raise ValueError(f"--fid_stats is of {size} px images, the weights make {img_size} px")
+            size = len(reference["mu"])
+            raise ValueError(f"--fid_stats: mu is [{size}], {own.name} has {own.num_features} features")
 
     def as_json(self):
         """A dict of plain values."""
+        reference = self.reference or {}
         return {
             "features": self.extractor.name, "features_digest": self.extractor.digest,
-            "reference_digest": self.reference_digest,
-            **{f"reference_{k}": (self.reference or {}).get(k) for k in ("n", "preparation")},
-            "kid": self.kid, "prc": self.prc,
-        }  # fmt: skip
+            "reference_digest": self.reference_digest, "reference_n": reference.get("n"),
+            "reference_preparation": reference.get("preparation"), "kid": self.kid, "prc": self.prc,
+        }
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Where the images of an evaluation are kept, if they are: a folder of PNGs, an `.npz` as of ADM."""
+class ImageSink:
+    """Where the images of an evaluation are saved, if anywhere: a folder of PNGs, an `.npz` like ADM's."""
 
-    image_folder: Path | None = None
-    npz_path: Path | None = None
-
-    def as_json(self):
-        """A dict of plain values."""
-        return {f"save_{k}": str(p) if p else None for k, p in
-                (("images", self.image_folder), ("npz", self.npz_path))}  # fmt: skip
-
-    def check(self, protocol, *, begun, finished):
-        """Refuse places that hold something else than this evaluation's images.
-
-        Raises:
-            ValueError: naming the place.
-        """
-        folder = self.image_folder
-        if folder and folder.exists() and any(folder.iterdir()):
-            if not (folder / MARK).exists():
-                raise ValueError(f"--save_images: {folder} is not empty and was not made by an evaluation")
-            check_same(folder, read_json(folder / MARK), protocol, "--save_images")
-        if self.npz_path and self.npz_path.exists() and not (begun or finished):
-            raise ValueError(f"--save_npz: {self.npz_path} exists: give another name")
-        for place in (folder, self.npz_path) if finished else ():
-            if place and not place.exists():
-                raise ValueError(f"{place} is gone and the evaluation is finished: give another --output_dir")
-
-    def begin(self, protocol):
-        """Mark the folder."""
-        if self.image_folder:
-            write_json(self.image_folder / MARK, protocol)
-
-    def write_pngs(self, ids, images, writers):
-        """Write images, uint8 [b, H, W, 3], in other threads; gives what is to be waited for."""
-        if not self.image_folder:
-            return []
-        paths = [self.image_folder / f"{i:06d}.png" for i in ids.tolist()]
-        return [writers.submit(save_png, *pair) for pair in zip(paths, images, strict=True)]
+    folder: Path | None = None
+    npz: Path | None = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: what decides its numbers, and the folder its result goes to.
-
-    Attributes:
-        settings: GenerationSettings. judge, keep: as above.
-        facts: dict of plain values: what else decides the numbers (digests of weights, precision, device).
-    Raises:
-        ValueError: the folder, or a place of `keep`, holds the like made with other settings.
-    """
+class EvaluationSpec:
+    """One evaluation: GenerationSettings, metrics, and `facts`, a dict of what else decides the numbers."""
 
     settings: object
-    judge: Judge
+    metrics: MetricSpec
     num_images: int
     batch_size: int
-    output_dir: Path
     facts: dict
-    keep: Keep = Keep()
+    sink: ImageSink = ImageSink()
 
     def __post_init__(self):
-        if self.judge.prc and self.num_images < 4:
+        if self.metrics.prc and self.num_images < 4:
             raise ValueError(f"--prc needs 4 images or more, --num_images is {self.num_images}")
-        finished = self.path.exists()
-        if finished:
-            check_same(self.path, read_json(self.path), self.protocol)
-        self.keep.check(self.protocol, begun=self.store.begun, finished=finished)
 
     @cached_property
     def protocol(self):
-        """Every setting that decides the numbers, as plain values."""
+        """Every setting that decides the numbers, as a dict of plain values."""
+        folder, npz = self.sink.folder, self.sink.npz
         return {
             **self.settings.as_json(), "num_images": self.num_images, "batch_size": self.batch_size,
-            **self.judge.as_json(), **self.facts, **self.keep.as_json(),
-        }  # fmt: skip
+            **self.metrics.as_json(), **self.facts, "save_images": str(folder) if folder else None,
+            "save_npz": str(npz) if npz else None,
+        }
 
-    @cached_property
-    def path(self):
-        """The JSON of the result."""
+    @property
+    def name(self):
+        """The name of the result's file, without `.json`."""
         s = self.settings
-        order = s.order if s.file_orders is None else "file"
-        name = f"{order}_steps{len(s.group_sizes)}_cfg{s.cfg:g}_seed{s.seed}_n{self.num_images}.json"
-        return Path(self.output_dir) / name
-
-    @cached_property
-    def store(self):
-        """The chunks, in a folder beside the result."""
-        return ChunkStore(self.path.with_suffix(".chunks"), self.protocol)
-
-    def run(self, model, tokenizer, world, *, generate=None):
-        """Make what is missing, and the metrics. Every process of `world` takes part.
-
-        `generate` is used in place of `generate_tokens` of the model; `tokenizer` needs only `decode`.
-
-        Run again after a kill it goes on with the missing chunks and ends with the same numbers; run again
-        when finished it gives the written result.
-
-        Returns:
-            dict of the protocol, `metrics`, and `seconds` by phase (of all processes together), on the first
-            process; None on the others.
-        Raises:
-            EvaluationFailed, OSError.
-        """
-        plan = None if self.path.exists() else self.store.missing()
-        # The first process decides, and writes nothing before all have made their checks.
-        plan = dist.gather_objects(plan if world.is_main else None)[0]
-        if plan is not None:
-            if world.is_main:
-                self.store.begin()
-                self.keep.begin(self.protocol)
-            dist.barrier()
-            generate = generate or partial(generate_tokens, model)
-            made = partial(generated_images, generate, tokenizer, model.config.num_classes)
-            fill_chunks(self, plan[world.rank :: world.size], made, world)
-            dist.barrier()
-        if not world.is_main:
-            return None
-        if plan is not None:
-            finish(self, model.config.num_classes, world.size)
-        self.store.remove()
-        return read_json(self.path)
+        order, steps = s.order if s.file_orders is None else "file", len(s.group_sizes)
+        return f"{order}_steps{steps}_cfg{s.sampling.cfg:g}_seed{s.seed}_n{self.num_images}"
 
 
-def generated_images(
-    generate, tokenizer, num_classes, settings, ids, num_images, batch_size, stopwatch
-):  # fmt: skip
-    """Images with these numbers, in batches; `generate` is `generate_tokens` of a model.
+def evaluation_facts(model, tokenizer, device, *, weights_digest, order_file=None, compiled=False):
+    """What decides the numbers besides settings and metrics, as a dict of plain values."""
+    return {
+        "weights_digest": weights_digest, "tokenizer_digest": state_digest(tokenizer),
+        "num_classes": model.config.num_classes,
+        "img_size": model.config.grid_size * tokenizer.config.stride,
+        "order_file_digest": file_digest(order_file) if order_file else "",
+        "precision": str(model.pos_embed.dtype).removeprefix("torch."), "compile": compiled,
+        "device": device_name(device), "torch": torch.__version__,
+        "torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__,
+    }
 
-    Yields:
-        (image ids int64 [b], uint8 [b, H, W, 3] on the device)
+
+def check_output(spec, output_dir):
+    """Refuse places that hold something else than this evaluation's result, chunks and images: a ValueError
+    that names the place and, of another evaluation, the first setting that differs."""
+    files = OutputFiles(spec, output_dir)
+    for path in (files.result, files.protocol):
+        if path.exists():
+            refuse_changes(path, read_json(path), spec.protocol, "give another --output_dir")
+    folder, npz = spec.sink.folder, spec.sink.npz
+    if folder and folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise ValueError(f"--save_images: {folder} is not empty and was not made by an evaluation")
+        refuse_changes(folder, read_json(folder / MARKER), spec.protocol, "give another --save_images")
+    if npz and npz.exists() and not (files.protocol.exists() or files.result.exists()):
+        raise ValueError(f"--save_npz: {npz} exists: give another name")
+    for place in (folder, npz) if files.result.exists() else ():
+        if place and not place.exists():
+            raise ValueError(f"{place} is gone and the evaluation is finished: give another --output_dir")
+
+
+def evaluate(spec, output_dir, model, tokenizer, world, generate=None):
+    """Make the missing chunks, then the result: a dict of the protocol, `metrics`, and `seconds` by phase,
+    summed over processes. All processes of `world` take part; rank 0 returns the result, the others None.
+
+    A killed evaluation resumes, with the same numbers; a finished one returns its written result. `generate`
+    replaces `generate_tokens` of the model. Raises ValueError as `check_output`, EvaluationFailed, OSError.
     """
-    for batch in ids.split(batch_size):
-        labels = balanced_label(batch, num_images, num_classes)
-        with stopwatch("generate"):
+    check_output(spec, output_dir)
+    files = OutputFiles(spec, output_dir)
+    # Rank 0 decides for all what is missing, and writes nothing before all have checked.
+    missing = gather_objects(None if files.result.exists() else files.missing())[0]
+    if missing is not None:
+        if world.is_main:
+            write_json(files.protocol, spec.protocol)
+            if spec.sink.folder:
+                write_json(spec.sink.folder / MARKER, spec.protocol)
+        barrier()
+        generate = generate or partial(generate_tokens, model)
+        images = partial(generate_batches, spec, generate, tokenizer, model.config.num_classes)
+        fill_chunks(spec, files, missing[world.rank :: world.size], images, world)
+        barrier()
+        if world.is_main:
+            write_result(spec, files, model.config.num_classes, world.size)
+    if not world.is_main:
+        return None
+    shutil.rmtree(files.chunks, ignore_errors=True)
+    return read_json(files.result)
+
+
+def balanced_label(image_id, num_images, num_classes):
+    """The class of an image of an evaluation: classes in label order, equally many images of each."""
+    return image_id * num_classes // num_images
+
+
+def generate_batches(spec, generate, tokenizer, num_classes, ids, timer):
+    """Yield the images of these numbers in batches: (ids int64 [b], uint8 [b, H, W, 3] on the device)."""
+    settings = spec.settings
+    for batch in ids.split(spec.batch_size):
+        labels = balanced_label(batch, spec.num_images, num_classes)
+        with timer.phase("generate"):
             tokens = generate(
-                labels, settings.orders(batch.numpy()), settings.group_sizes, image_ids=batch,
-                **settings.decoding(),
-            )  # fmt: skip
-        with stopwatch("decode"), torch.inference_mode():
+                labels, settings.orders(batch.numpy()), settings.group_sizes, settings.sampling,
+                seed=settings.seed, image_ids=batch,
+            )
+        with timer.phase("decode"), torch.inference_mode():
             images = to_uint8(tokenizer.decode(tokens))
         yield batch, images
 
 
-def fill_chunks(evaluation, chunks, made, world):
-    """Make these chunks, of the images that `made` gives. PNGs are written by other threads meanwhile."""
-    store, stopwatch = evaluation.store, Stopwatch(world.device)
-    total = sum(len(store.ids(chunk)) for chunk in chunks)
+def fill_chunks(spec, files, missing, images, world):
+    """Measure the images of these chunks, `images(ids, timer)`, and write the chunks."""
+    timer = PhaseTimer(world.device)
+    total = sum(len(files.ids(chunk)) for chunk in missing)
     with (
         tqdm(total=total, unit="img", disable=not world.is_main, mininterval=1) as progress,
-        ThreadPoolExecutor(4) as writers,
+        ThreadPoolExecutor(4) as png_writers,
     ):
-        for chunk in chunks:
-            images = made(
-                evaluation.settings, store.ids(chunk), store.num_images, evaluation.batch_size, stopwatch
-            )
-            arrays = measure(images, evaluation.judge.extractor, evaluation.keep, stopwatch, writers)
-            store.write(chunk, {**arrays, "seconds": stopwatch.lap()})
-            progress.update(len(store.ids(chunk)))
+        for chunk in missing:
+            ids = files.ids(chunk)
+            arrays = measure(spec, images(ids, timer), timer, png_writers)
+            files.write_chunk(chunk, {**arrays, "seconds": timer.lap()})
+            progress.update(len(ids))
 
 
-def measure(images, extractor, keep, stopwatch, writers):
-    """The arrays of a chunk: features [n, F] and logits [n, C] float32 and, for an `.npz`, the images.
-
-    Args:
-        images: iterable of (ids, uint8 [b, H, W, 3]).
-    Raises:
-        EvaluationFailed: features that are not finite. OSError: a PNG cannot be written.
-    """
-    arrays, writing = defaultdict(list), []
-    for ids, batch in images:
-        with stopwatch("features"):
-            for key, value in extractor(batch).items():
+def measure(spec, batches, timer, png_writers):
+    """A chunk's arrays: float32 features [n, F] and logits [n, C] and, for an `.npz`, the images."""
+    arrays, pngs = defaultdict(list), []
+    for ids, images in batches:
+        with timer.phase("features"):
+            for key, value in spec.metrics.extractor(images).items():
                 arrays[key].append(value.float())
-        if keep.image_folder or keep.npz_path:
-            pixels = batch.cpu()
-            writing += keep.write_pngs(ids, pixels.numpy(), writers)
-            arrays["images"] += [pixels] if keep.npz_path else []
-    for future in writing:
-        future.result()  # a chunk is complete when its PNGs are
-    whole = {key: torch.cat(parts).cpu().numpy() for key, parts in arrays.items() if parts}
-    if not np.isfinite(whole["features"]).all():
-        raise EvaluationFailed(f"{extractor.name} features that are not finite, in images up to {ids[-1]}")
-    return whole
+        if spec.sink.folder:
+            for i, pixels in zip(ids.tolist(), images.cpu().numpy(), strict=True):
+                pngs.append(png_writers.submit(save_png, spec.sink.folder / f"{i:06d}.png", pixels))
+        if spec.sink.npz:
+            arrays["images"].append(images.cpu())
+    for png in pngs:
+        png.result()  # a chunk is complete when its PNGs are; a full disk is raised here
+    arrays = {key: torch.cat(parts).cpu().numpy() for key, parts in arrays.items()}
+    if not np.isfinite(arrays["features"]).all():
+        raise EvaluationFailed(f"non-finite {spec.metrics.extractor.name} features in images up to {ids[-1]}")
+    return arrays
 
 
-def finish(evaluation, num_classes, processes):
-    """The metrics of all chunks, and the result's file."""
-    store, judge, keep = evaluation.store, evaluation.judge, evaluation.keep
-    if missing := store.missing():
+def write_result(spec, files, num_classes, processes):
+    """Compute the metrics of all chunks, and write the result and, if asked for, the images' `.npz`."""
+    if missing := files.missing():
         raise EvaluationFailed(
-            f"{store.path(missing[0])} is not there: all processes must see the same --output_dir"
+            f"{files.chunk(missing[0])} is not there: all processes must see the same --output_dir"
         )
-    start = time.perf_counter()
-    try:
-        metrics = compute_metrics(
-            store.read_rows("features"), store.read_rows("logits"), judge.extractor.name, judge.reference,
-            kid=judge.kid, prc=judge.prc,
-        )  # fmt: skip
-        phases = sum(store.read("seconds"))
-    except DamagedChunk as error:
-        raise EvaluationFailed(f"{error} and run the same command again") from None
-    seconds = {**dict(zip(PHASES, phases, strict=True)), "metrics": time.perf_counter() - start}
-    if keep.npz_path:
-        save_npz(keep.npz_path, store, num_classes)
-    result = {
-        **evaluation.protocol, "warnings": warnings(evaluation.num_images, num_classes), "metrics": metrics,
+    start, metrics = time.perf_counter(), spec.metrics
+    features, logits = (torch.from_numpy(np.concatenate(files.read(key))) for key in ("features", "logits"))
+    values = compute_metrics(
+        features, logits, metrics.extractor.name, metrics.reference, kid=metrics.kid, prc=metrics.prc
+    )
+    seconds = dict(zip(PHASES, sum(files.read("seconds")), strict=True))
+    seconds["metrics"] = time.perf_counter() - start
+    if spec.sink.npz:
+        images = (map_array(files.chunk(chunk), "images") for chunk in range(files.num_chunks))
+        labels = balanced_label(np.arange(spec.num_images), spec.num_images, num_classes)
+        save_image_npz(spec.sink.npz, images, labels)
+    write_json(files.result, {
+        **spec.protocol, "warnings": warnings(spec.num_images, num_classes), "metrics": values,
         "seconds": {phase: round(float(value), 3) for phase, value in seconds.items()},
         "processes": processes,
-    }  # fmt: skip
-    write_json(evaluation.path, result)
-
-
-def save_npz(path, store, num_classes):
-    """The images of all chunks and their labels in ADM's form."""
-    n = store.num_images
-    parts = (npz.open_array(store.path(chunk), "images") for chunk in range(len(store)))
-    labels = balanced_label(np.arange(n), n, num_classes)
-    npz.save_images(path, parts, n, npz.open_array(store.path(0), "images").shape[1:], labels)
+    })
 
 
 def warnings(num_images, num_classes):
-    """What keeps a result from being compared with published ones, a line each."""
+    """Why a result is not comparable with published ones: a list of lines."""
     lines = []
     if num_images < PUBLISHED_IMAGES:
         lines.append(f"{num_images} images: published figures are of {PUBLISHED_IMAGES}; fewer raise FID")
     if num_images % num_classes:
         lines.append(f"{num_images} images are not equally many of each of {num_classes} classes")
     return lines
+
+
+def save_image_npz(path, parts, labels):
+    """Write images as ADM does: `.npz` of arr_0 uint8 [n, H, W, 3] and arr_1 int64 [n], the labels.
+
+    `parts` yields uint8 [m, H, W, 3], n images in all; one part is in memory at a time.
+    """
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for i, part in enumerate(parts):
+                if i == 0:
+                    shape = (len(labels), *part.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(part.tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64), allow_pickle=False)
+
+
+class OutputFiles:
+    """The files of an evaluation: its result and, until that is written, its protocol and chunks."""
+
+    def __init__(self, spec, output_dir):
+        self.result = Path(output_dir, f"{spec.name}.json")
+        self.chunks = Path(output_dir, f"{spec.name}.chunks")
+        self.protocol = self.chunks / "protocol.json"
+        self.num_images = spec.num_images
+        self.chunk_size = spec.batch_size * max(1, spec.num_images // (MIN_CHUNKS * spec.batch_size))
+        self.num_chunks = -(-self.num_images // self.chunk_size)
+
+    def chunk(self, index):
+        return self.chunks / f"chunk-{index:05d}.npz"
+
+    def missing(self):
+        """The indices of the chunks that do not exist."""
+        return [index for index in range(self.num_chunks) if not self.chunk(index).exists()]
+
+    def ids(self, index):
+        """The image numbers of a chunk, int64 [n]: whole batches, except in the last one."""
+        return torch.arange(index * self.chunk_size, min((index + 1) * self.chunk_size, self.num_images))
+
+    def write_chunk(self, index, arrays):
+        with atomic(self.chunk(index)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def read(self, key):
+        """The list of this array of each chunk, in image order. EvaluationFailed names a damaged file."""
+        try:
+            return [read_arrays(self.chunk(index), [key])[key] for index in range(self.num_chunks)]
+        except (ValueError, OSError) as error:
+            raise EvaluationFailed(f"{error}: remove this file and run the same command again") from None
+
+
+class PhaseTimer:
+    """Seconds that the device spends in each of PHASES. A GPU is not waited for until `lap`."""
+
+    def __init__(self, device):
+        self.device, self.events = device, []
+
+    @contextmanager
+    def phase(self, name):
+        start, end = timing_event(self.device), timing_event(self.device)
+        start.record()
+        yield
+        end.record()
+        self.events.append((name, start, end))
+
+    def lap(self):
+        """Seconds of each phase since the last lap, float64 [3]; waits for the device."""
+        synchronize(self.device)
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for name, start, end in self.events:
+            seconds[name] += start.elapsed_time(end) / 1000
+        self.events = []
+        return np.array(list(seconds.values()))

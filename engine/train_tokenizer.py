@@ -1,42 +1,38 @@
-"""The training loop of a VQ tokenizer.
-
-Knows pixels, the reconstruction and codebook losses, and the revival of dead codes. Does not know flags.
-"""
+"""Training and evaluation of a VQ tokenizer."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.batches import num_steps, own_part, step_images
-from engine.checkpoint import check_parts, check_same_config, load_last_checkpoint, save_checkpoint
-from engine.guard import Guard, backward, check_weights, give_up
-from models.pretrained import load_state
+from engine.checkpoint import checkpoint_of, restore
+from engine.data import ImageStream, num_steps
+from engine.loop import NonFiniteGuard, Training, backward, optimizer_step, run_training
 from models.vqgan import VQConfig, VQModel
-from util import dist, pictures
+from util import distributed, pictures
+from util.cli import setting
+from util.device import is_cuda
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
 from util.logging import MetricsLog
-from util.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """How a tokenizer is trained. `batch_size` is of all processes together; `lr` is the highest."""
+    """How a tokenizer is trained. `batch_size` is that of all processes together, `lr` the highest rate."""
 
     model: VQConfig
-    img_size: int
-    epochs: float = 2.0
-    batch_size: int = 64
-    lr: float = 1e-3
-    warmup_steps: int = 100
+    img_size: int = setting(256, "pixels", least=1)
+    epochs: float = setting(2.0, least=0)
+    batch_size: int = setting(64, "per process", least=1)
+    lr: float = setting(1e-3, least=0)
+    warmup_steps: int = setting(100, least=0)
     weight_decay: float = 0.0
     commitment: float = 0.25
     revive_every: int = 50
-    bf16: bool = False
+    bf16: bool = setting(False, "bfloat16; default: float32")
     seed: int = 0
 
 
@@ -44,58 +40,31 @@ class TokenizerTrainConfig:
 class TokenizerState:
     """Everything that must survive a crash."""
 
+    config: TokenizerTrainConfig
     model: VQModel
     optimizer: torch.optim.Optimizer
-    code_use: torch.Tensor  # [V] how often this process used each code since the last revival
+    code_use: torch.Tensor  # [V], how often this process used each code since the last revival
     step: int = 0
-    guard: Guard = field(default_factory=Guard)
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
 
-    def save(self, path, config, world):
-        """Write a checkpoint; every process takes part.
-
-        Raises:
-            LossNotFinite: the weights are no numbers.
-        """
-        check_weights(self.model)
-        code_use = dist.all_sum(self.code_use.clone())
-        if not world.is_main:
-            return
-        save_checkpoint(path, {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "code_use": code_use, "step": self.step, "skipped": int(self.guard.skipped),
-            "train_config": asdict(config),
-            "info": {"config": asdict(config.model)},
-        })  # fmt: skip
-
-    def load(self, path, config, world):
-        """Go on from a checkpoint.
-
-        Raises:
-            ValueError: it was made with other settings; the message names the first.
-        """
-        checkpoint = load_last_checkpoint(path)
-        if "code_use" not in checkpoint:
-            raise ValueError(f"{path}: no checkpoint of tokenizer training: give another --output_dir")
-        check_same_config(path, checkpoint["train_config"], asdict(config))
-        check_parts(path, checkpoint, "model", "optimizer", "step")
-        load_state(self.model, checkpoint["model"], path)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if world.is_main:  # the sum over all processes is summed again at the next revival
+    def load(self, path, world):
+        """Resume from a checkpoint. Raises ValueError if it is damaged or was made with other settings."""
+        checkpoint = restore(self, path, "code_use")
+        if world.is_main:  # it is a sum over all processes, and will be summed again
             self.code_use.copy_(checkpoint["code_use"])
-        self.step, self.guard.skipped = checkpoint["step"], checkpoint.get("skipped", 0)
 
 
 def new_state(config, device):
-    """A fresh model and optimizer, the same for the same seed."""
+    """A fresh model and AdamW, the same for the same seed; fused on a CUDA GPU, so that no step waits."""
     torch.manual_seed(config.seed)
     model = VQModel(config.model).to(device)
-    if device.type == "cpu":  # oneDNN convolutions run fastest so
+    if not is_cuda(device):  # oneDNN convolutions run fastest so
         model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay,
-        fused=dist.is_nvidia(device),  # else leaving out a step without a usable gradient waits for the GPU
-    )  # fmt: skip
-    return TokenizerState(model, optimizer, torch.zeros(config.model.vocab_size, device=device))
+        fused=is_cuda(device),
+    )
+    return TokenizerState(config, model, optimizer, torch.zeros(config.model.vocab_size, device=device))
 
 
 def learning_rate(config, step, steps):
@@ -117,14 +86,14 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 
 @torch.no_grad()
-def revive_dead_codes(state, latents, seed):
-    """Give each code unused since the last call the place of a random latent of this batch (rank 0's)."""
-    latents = latents.detach().flatten(0, -2).contiguous()
+def revive_dead_codes(state, latents):
+    """Move each code unused since the last call to a random latent of this batch (of rank 0)."""
+    latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(latents, src=0)
-        dist.all_sum(state.code_use)
+        distributed.all_sum(state.code_use)
     dead = state.code_use == 0
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + state.step)
+    generator = torch.Generator().manual_seed(state.config.seed * 1_000_003 + state.step)
     picked = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
     weight = state.model.quantize.embedding.weight
     usable = dead & latents[picked].isfinite().all(dim=1)
@@ -132,93 +101,79 @@ def revive_dead_codes(state, latents, seed):
     state.code_use.zero_()
 
 
-def train_tokenizer(state, config, folder, output_dir, world, *, num_workers=0, save_every=500, log_every=50):
-    """Train from `state.step` to the end; checkpoints and `metrics.jsonl` go to `output_dir`.
+def train_step(state, model, pixels, steps):
+    """One optimizer step of `steps`, skipped if the loss or its gradient is not finite.
 
-    Raises:
-        Stopped: a signal asked for it; checkpoint-last.pth holds the last step.
-        LossNotFinite: ten steps in a row had no usable gradient, or the weights are no numbers.
+    Args:
+        model: `state.model`, or DDP around it. pixels: float32 [B, 3, H, W] in [-1, 1].
+    Returns:
+        dict of scalars on the device: the losses, and the share of codes used since the last revival.
     """
-    steps, first = num_steps(len(folder), config.epochs, config.batch_size), state.step
+    config = state.config
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.bf16):
+        reconstruction, latents, codes, tokens = model(pixels)
+    parts = losses(pixels, reconstruction, latents, codes, config.commitment)
+    backward(sum(parts.values()))
+    optimizer_step(state, learning_rate(config, state.step, steps), max_norm=1.0)
+    state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
+    values = {name: value.detach() for name, value in parts.items()}
+    values["codebook_use"] = (state.code_use > 0).float().mean()
+    # Late in training the codes must stay where the decoder expects them.
+    if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
+        revive_dead_codes(state, latents)
+    return values
+
+
+def train_tokenizer(state, folder, run, world, num_workers=0):
+    """Train from `state.step` to the end; `run` is a RunSettings whose frequencies count steps. Raises
+    UnreadableImage, naming the file, and what `run_training` raises."""
+    config, last_values = state.config, {}
+    steps = num_steps(len(folder), config.epochs, config.batch_size)
+    stream = ImageStream(len(folder), config.seed, config.batch_size)
+    plan = stream.micro_batches(range(state.step, steps), world)
+    loader = image_loader(folder, config.img_size, plan, num_workers)
+    pixels = (to_unit(readable_pixels(items)[1]).to(world.device) for items in loader)
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
-    log = MetricsLog(output_dir, resume_step=state.step) if world.is_main else None
+    log = MetricsLog(run.output_dir, resume_step=state.step) if world.is_main else None
 
-    def plan():
-        for step in range(first, steps):
-            parts = step_images(len(folder), config.seed, config.batch_size, step)
-            yield [own_part(part, world.rank, world.size, 1)[0].tolist() for part in parts]
+    def take_step():
+        last_values.update(train_step(state, model, next(pixels), steps))
 
-    agreed = dist.Agreement()
-    with StopRequest() as request, tqdm(
-        total=steps, initial=first, unit="step", disable=not world.is_main, mininterval=5
-    ) as progress:  # fmt: skip
-        for items in image_loader(folder, config.img_size, plan(), num_workers):
-            pixels = to_unit(readable_pixels(items)[1]).to(world.device)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(config, state.step, steps)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-                reconstruction, latents, codes, tokens = model(pixels)
-            parts = losses(pixels, reconstruction, latents, codes, config.commitment)
-            backward(sum(parts.values()))
-            state.guard.step(state.optimizer, torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0))
-            state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
-            state.step += 1
-            progress.update()
-            end, stop = state.step == steps, agreed(request.number)
-            if bad := state.guard.bad_row(state.step, end=end):
-                give_up(
-                    bad, output_dir, world, num_images=len(folder), seed=config.seed,
-                    global_batch=config.batch_size,
-                )  # fmt: skip
-            if state.step % log_every == 0 and log:
-                values = {name: round(value.item(), 5) for name, value in parts.items()}
-                used = round((state.code_use > 0).float().mean().item(), 4)  # share, since the last revival
-                log.write(
-                    state.step, **values, codebook_use=used, lr=state.optimizer.param_groups[0]["lr"],
-                    skipped=int(state.guard.skipped),
-                )  # fmt: skip
-                progress.set_postfix(values)
-            # Late in training the codes must stay where the decoder expects them.
-            if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
-                revive_dead_codes(state, latents, config.seed)
-            if state.step % save_every == 0 or end or stop:
-                state.save(Path(output_dir) / "checkpoint-last.pth", config, world)
-            if stop and not end:
-                dist.barrier()  # torchrun ends all with the first that ends: the checkpoint comes before
-                raise Stopped(stop, f"checkpoint-last.pth holds step {state.step} of {steps}")
-    dist.barrier()
+    def metrics():
+        values = {name: round(value.item(), 5) for name, value in last_values.items()}
+        lr = state.optimizer.param_groups[0]["lr"]
+        return {**values, "lr": lr, "skipped": int(state.guard.skipped)}
+
+    training = Training(
+        stream, steps, clock=lambda step: step, take_step=take_step, metrics=metrics,
+        checkpoint=lambda: checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone())),
+    )
+    run_training(state, training, run, world, log)
 
 
 @torch.inference_mode()
 def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_workers=0):
-    """Reconstruct a folder.
+    """Reconstruct a folder of images.
 
     Returns:
-        dict: n; psnr in dB (mean over images, of 8-bit pixels); codebook_use, share of codes that occur.
-        Second, a sheet of 8 originals over their reconstructions, uint8 [H, W, 3].
+        dict of n, psnr in dB (mean over images, of 8-bit pixels), codebook_use (share of codes that occur);
+        a sheet of 8 originals above their reconstructions, uint8 [H, W, 3].
     """
     model.eval()
-    batches = list(in_order(range(len(folder)), batch_size))
+    loader = image_loader(folder, img_size, in_order(range(len(folder)), batch_size), num_workers)
     used = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    psnrs, shown = [], {}
-    show = set(range(0, len(folder), max(1, len(folder) // 8)))
-    for items in tqdm(
-        image_loader(folder, img_size, batches, num_workers), unit="batch", desc="reconstruct", mininterval=2
-    ):
-        pixels = to_unit(readable_pixels(items)[1]).to(device)
+    psnrs, pairs, every = [], [], max(1, len(folder) // 8)
+    for items in tqdm(loader, unit="batch", desc="reconstruct", mininterval=2):
+        indices, images = readable_pixels(items)
+        pixels = to_unit(images).to(device)
         tokens = model.encode(pixels)
         before, after = to_uint8(pixels).cpu(), to_uint8(model.decode(tokens)).cpu()
         used[tokens.flatten().cpu()] = True
         error = (before.double() - after.double()).square().mean(dim=(1, 2, 3))  # [B]
         psnrs.append(10 * torch.log10(255**2 / error.clamp(min=1e-9)))
-        shown.update({i: (before[k], after[k]) for k, (i, _) in enumerate(items) if i in show})
-    pairs = [shown[i] for i in sorted(shown)][:8]
-    images = torch.stack([pair[0] for pair in pairs] + [pair[1] for pair in pairs]).numpy()
+        pairs += [(before[k], after[k]) for k, index in enumerate(indices) if index % every == 0]
+    images = torch.stack([image for row in zip(*pairs[:8], strict=True) for image in row]).numpy()
     sheet = pictures.labelled_rows(images, ["original", "decoded"], scale=max(1, 96 // img_size))
-    report = {
-        "n": len(folder),
-        "psnr": torch.cat(psnrs).mean().item(),
-        "codebook_use": used.float().mean().item(),
-    }
-    return report, sheet
+    psnr, use = torch.cat(psnrs).mean().item(), used.float().mean().item()
+    return {"n": len(folder), "psnr": psnr, "codebook_use": use}, sheet

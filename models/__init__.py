@@ -1,1 +1,1 @@
-"""The transformer (`lpd`) and the image tokenizer (`vqgan`), with the parts they are made of."""
+"""The transformer, the image tokenizer, and their weights."""

@@ -1,7 +1,6 @@
-"""Transformer layers: attention, MLP, block. One attention path, with or without a KV cache.
+"""Transformer layers: attention, MLP, block, and the KV cache of decoding.
 
-Knows rows, masks and caches. Does not know what a row stands for. B batch, N rows of this call,
-M rows attended to, D width, H heads, d = D / H.
+B batch, N rows of this call, M rows attended to, D width, H heads, d = D / H.
 """
 
 import torch
@@ -10,17 +9,42 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
+class KVCache:
+    """Keys and values of all layers, allocated once and written by slice.
+
+    A step writes its rows after the `length` cached ones, then calls `keep(n)` to keep the first n of them
+    (the context); the others (the queries) are overwritten by the next step.
+    """
+
+    def __init__(self, depth, batch, heads, max_rows, head_dim, *, dtype, device):
+        shape = (depth, 2, batch, heads, max_rows, head_dim)  # keys, then values
+        self.rows = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer, rows):
+        """Write a layer's keys and values of this step, [B, N, 2, H, d]; return all its keys and all its
+        values, each [B, H, length + N, d]."""
+        end = self.length + rows.shape[1]
+        if end > self.rows.shape[4]:
+            raise ValueError(f"KV cache holds {self.rows.shape[4]} rows, {end} are needed")
+        self.rows[layer, ..., self.length : end, :] = rows.permute(2, 0, 3, 1, 4)
+        return self.rows[layer, ..., :end, :]
+
+    def keep(self, num_rows):
+        """Keep the first `num_rows` rows of the last step."""
+        self.length += num_rows
+
+
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention; q [B, H, N, d], k and v [B, H, M, d].
 
-    The mask is [N, M], bool (True = may see) or added to the scores; or a BlockMask, for FlexAttention, which
-    is to be compiled. Training on a CPU spells the products out: the fused kernel's backward there takes
-    nearly twice as long as the whole step without it (measured, 128 rows).
+    The mask is [N, M], bool (True: may see) or added to the scores; or a BlockMask, for a compiled caller.
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # Training on a CPU: the fused kernel's backward took more than half of the step (benchmarks/LOG.md).
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, M]
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -28,17 +52,18 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the rows of this call and, given a cache, the rows kept in it."""
+    """Multi-head self-attention."""
 
     def __init__(self, dim, num_heads, dropout, layer):
         super().__init__()
         self.num_heads = num_heads
-        self.layer = layer  # our place in the KV cache
+        self.layer = layer  # index into the KV cache
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
+        """x [B, N, D] -> [B, N, D]."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
@@ -47,12 +72,14 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def decode(self, x, kv_cache, num_context, first):
-        """One decoding step, behind the rows kept in the cache: two attentions without a mask are exact.
+        """One decoding step, after the rows in the KV cache.
+
+        Two attention calls without a mask are exact, since all rows of a kind see the same rows: context rows
+        see the cached rows and the context, query rows see all rows.
 
         Args:
-            x: [B, N, D], `num_context` context rows, which do not see the others, then query rows, which see
-                all. kv_cache: takes the keys and values of all N.
-            first: rows before it need no result.
+            x: [B, N, D], `num_context` context rows, then query rows. kv_cache: takes all their keys and
+            values. first: rows before it need no result.
         Returns:
             [B, N - first, D].
         """
@@ -60,10 +87,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q = qkv[:, :, 0].transpose(1, 2)  # [B, H, N, d]
         k, v = kv_cache.extend(self.layer, qkv[:, :, 1:])  # [B, H, M, d]
-        seen = k.shape[2] - N + num_context  # rows that the context sees
+        visible = k.shape[2] - N + num_context  # to the context rows
         parts = [attend(q[:, :, num_context:], k, v)]
         if first < num_context:
-            parts.insert(0, attend(q[:, :, first:num_context], k[:, :, :seen], v[:, :, :seen]))
+            context = q[:, :, first:num_context]
+            parts.insert(0, attend(context, k[:, :, :visible], v[:, :, :visible]))
         x = torch.cat([part.transpose(1, 2) for part in parts], dim=1)  # [B, N - first, H, d]
         return self.proj(x.flatten(2))
 

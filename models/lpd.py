@@ -1,11 +1,12 @@
-"""The LPD transformer: context tokens and position query tokens in, logits of the queried places out.
+"""The LPD transformer: context tokens and position query tokens in, logits of the queried positions out.
 
-Knows embeddings, the training forward, one decoding step, the loss, init and the resize of position
-embeddings. Does not know sampling, guidance, random orders or files. Source: arXiv 2507.01957.
-
-B batch, L tokens of an image (= grid_size^2), D width, V codebook size, n places of one call.
+Source: arXiv 2507.01957. B batch, L tokens of an image (= grid_size^2), D width, V codebook size, c context
+rows and n queries of one decoding step.
 """
 
+import dataclasses
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.kv_cache import KVCache
-from models.layers import Block
+from models.layers import Block, KVCache
 from models.masks import cached_training_mask
-from models.pretrained import Pretrained
+from models.weights import Pretrained, find, load_state, read_weights
 
-NO_LABEL = -1  # the label of an image without one: `fake_latent` stands for its class embedding
+NO_LABEL = -1  # the label of the unconditional branch; `fake_latent` replaces its class embedding
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,26 @@ LPD_CONFIGS = {
 }
 
 
-def run_block(block, x, mask):
-    """A training pass through a block; x [B, 2L, D]. What is compiled is this, once for all blocks."""
-    return block(x, mask)
+@dataclass(frozen=True)
+class Execution:
+    """How a training pass is computed; every choice gives the same numbers but for rounding.
+
+    Attributes:
+        run_block: (block, x, mask) -> x; one compiled function can serve all blocks.
+        mask: (group_sizes, device) -> `training_mask` in the form that `attend` should take.
+        loss_rows: logits of the loss exist for this many rows at a time, or for all (None).
+        grad_checkpointing: recompute the blocks in the backward pass to save memory.
+    """
+
+    run_block: Callable = Block.__call__
+    mask: Callable = cached_training_mask
+    loss_rows: int | None = None
+    grad_checkpointing: bool = False
 
 
 class LabelDropout(nn.Module):
-    """In training, turns a label into NO_LABEL with probability `prob`: guidance needs the other branch."""
+    """Replaces labels by NO_LABEL with probability `prob` in training, which teaches the unconditional
+    branch."""
 
     def __init__(self, prob):
         super().__init__()
@@ -83,16 +96,16 @@ class LPD(Pretrained, nn.Module):
     """Decoder transformer with learned position query tokens.
 
     The state dict has the keys of the released weights: `class_emb` and `token_emb` (embeddings of classes
-    and codes), `fake_latent` (stands for a dropped label), `mask_token` (the vector of a position query
-    token), `pos_embed` [1, 1 + L, D] (index 0 for the class token, 1 + p for grid position p) and `z_proj_ln`
-    (the LayerNorm of everything that enters the first block).
+    and codes), `fake_latent` (the embedding of a dropped label), `mask_token` (the learned query vector),
+    `pos_embed` [1, 1 + L, D] (index 0 for the class token, 1 + p for grid position p), `z_proj_ln` (the
+    LayerNorm of everything that enters the first block).
     """
 
-    config_class = LPDConfig
+    config_class, marker = LPDConfig, "pos_embed"
 
-    def __init__(self, config):
+    def __init__(self, config, execution=Execution()):
         super().__init__()
-        self.config = config
+        self.config, self.execution = config, execution
         D = config.embed_dim
         self.class_emb = nn.Embedding(config.num_classes, D)
         self.fake_latent = nn.Parameter(torch.zeros(1, D))
@@ -107,10 +120,6 @@ class LPD(Pretrained, nn.Module):
         )
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
-        self.grad_checkpointing = False
-        self.run_block = run_block  # or one compiled function, shared by all blocks
-        self.mask_of = cached_training_mask  # or another form of it, from (group_sizes, device)
-        self.loss_rows = None  # or what training is to give `forward`
         self.init_weights()
 
     def init_weights(self):
@@ -143,54 +152,67 @@ class LPD(Pretrained, nn.Module):
         return self.z_proj_ln(self.mask_token + self.pos_embed[0, 1 + positions])
 
     def query_table(self):
-        """The position query tokens of all places [L, D]: a query depends on its place alone."""
+        """The position query tokens of all positions, [L, D]: a query depends on its position alone."""
         return self.z_proj_ln(self.mask_token[0] + self.pos_embed[0, 1:])
 
-    # The transformer, all groups at once (training) or one group at a time (decoding).
+    # Training: all groups in one masked pass.
 
-    def forward(self, tokens, labels, order, group_sizes, *, loss_rows=None):
-        """Logits of every token given the groups before its own, in one masked pass.
+    def forward(self, tokens, labels, order, group_sizes):
+        """Logits of every token given the groups before its own.
 
         Args:
-            tokens: int64 [B, L] codebook ids in raster order.
-            labels: int64 [B].
+            tokens: int64 [B, L], codebook ids in raster order. labels: int64 [B].
             order: int64 [B, L]; order[b, t] is the raster position generated at slot t.
             group_sizes: tuple of ints that sum to L.
-            loss_rows: give the loss in place of the logits, which then never exist for more rows at once.
         Returns:
-            logits [B, L, V], in generation order; with `loss_rows` what `lpd_loss` makes of them.
+            logits [B, L, V], in generation order.
         """
+        return self.head(self._query_features(tokens, labels, order, group_sizes))
+
+    def loss(self, tokens, labels, order, group_sizes):
+        """Mean cross-entropy over all L query rows, float32; arguments as of `forward`.
+
+        With `execution.loss_rows` the logits never exist for more rows at once; the backward pass recomputes
+        them.
+        """
+        x = self._query_features(tokens, labels, order, group_sizes).flatten(0, 1)  # [B L, D]
+        targets = tokens.gather(1, order).flatten()  # [B L]
+        rows = self.execution.loss_rows or len(targets)
+
+        def summed(x, targets):
+            return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
+
+        if len(targets) <= rows:
+            return summed(x, targets) / len(targets)
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)
+        losses = [checkpoint(summed, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+        return torch.stack(losses).sum() / len(targets)
+
+    def _query_features(self, tokens, labels, order, group_sizes):
         L = self.config.num_tokens
         if sum(group_sizes) != L:
             raise ValueError(f"group sizes sum to {sum(group_sizes)}, the model has {L} tokens")
         generated = tokens.gather(1, order)  # [B, L], in generation order
-        context = torch.cat(
-            [
-                self.embed_labels(self.label_dropout(labels)),
-                self.embed_tokens(generated[:, :-1], order[:, :-1]),
-            ],
-            dim=1,
-        )  # [B, L, D]
-        x = torch.cat([context, self.embed_queries(order)], dim=1)  # [B, 2L, D]
-        mask = self.mask_of(tuple(group_sizes), x.device)  # [2L, 2L]
+        class_token = self.embed_labels(self.label_dropout(labels))  # [B, 1, D]
+        context = self.embed_tokens(generated[:, :-1], order[:, :-1])  # [B, L - 1, D]
+        x = torch.cat([class_token, context, self.embed_queries(order)], dim=1)  # [B, 2L, D]
+        execution = self.execution
+        mask = execution.mask(tuple(group_sizes), x.device)  # [2L, 2L]
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(self.run_block, block, x, mask, use_reentrant=False)
+            if execution.grad_checkpointing and self.training:
+                x = checkpoint(execution.run_block, block, x, mask, use_reentrant=False)
             else:
-                x = self.run_block(block, x, mask)
-        x = self.norm(x[:, L:])  # [B, L, D]
-        if loss_rows is None:
-            return self.head(x)  # [B, L, V]
-        return chunked_loss(self.head, x.flatten(0, 1), generated.flatten(), loss_rows)
+                x = execution.run_block(block, x, mask)
+        return self.norm(x[:, L:])  # [B, L, D]
+
+    # Decoding: one group at a time.
 
     def predict(self, context, queries, kv_cache):
-        """One decoding step: takes in the newest context, predicts the tokens at any places, all at once.
-
-        Has no dropout, and waits for no device.
+        """One decoding step: takes in the newest context, predicts any set of positions at once. No dropout.
 
         Args:
-            context: [B, c, D] from `embed_labels` (first step) or `embed_tokens` (the group before).
-            queries: [B, n, D], of the places to predict, from `query_table`.
+            context: [B, c, D], from `embed_labels` (first step) or `embed_tokens` (the group before).
+            queries: [B, n, D], rows of `query_table`.
             kv_cache: from `new_kv_cache`; afterwards it also holds the c context rows.
         Returns:
             logits [B, n, V].
@@ -199,57 +221,54 @@ class LPD(Pretrained, nn.Module):
         x = torch.cat([context, queries], dim=1)  # [B, c + n, D]
         for block in self.blocks[:-1]:
             x = block.decode(x, kv_cache, c)  # [B, c + n, D]
-        x = self.blocks[-1].decode(x, kv_cache, c, first=c)  # [B, n, D]: of the context, keys and values do
+        x = self.blocks[-1].decode(x, kv_cache, c, first=c)  # [B, n, D]; the context's output is not needed
         kv_cache.keep(c)
         return self.head(self.norm(x))  # [B, n, V]
 
     def new_kv_cache(self, batch):
-        """An empty KV cache for one whole generation of `batch` images."""
-        c = self.config
-        weight = self.pos_embed
+        """An empty KV cache for generating `batch` images."""
+        c, weight = self.config, self.pos_embed
         return KVCache(
             c.depth, batch, c.num_heads, c.num_tokens + 1, c.embed_dim // c.num_heads,
             dtype=weight.dtype, device=weight.device,
-        )  # fmt: skip
+        )
 
+    # Weights of other sizes and files.
 
-def lpd_loss(logits, tokens, order):
-    """Mean cross-entropy over all query rows.
+    @staticmethod
+    def config_of(state, recorded, size):
+        """The recorded config, checked against the size's name if given; for released files, the named size
+        with the grid, vocabulary and classes of the weights."""
+        named = LPD_CONFIGS[size] if size else None
+        if recorded and named and (recorded.embed_dim, recorded.depth) != (named.embed_dim, named.depth):
+            raise ValueError(
+                f"width {recorded.embed_dim} and depth {recorded.depth}, "
+                f"--model {size} has {named.embed_dim} and {named.depth}"
+            )
+        if recorded:
+            return recorded
+        if not named:
+            raise ValueError("the file does not record its size: give --model")
+        _, positions, width = state["pos_embed"].shape
+        if width != named.embed_dim:
+            raise ValueError(f"width {width}, --model {size} has {named.embed_dim}")
+        return dataclasses.replace(
+            named, grid_size=int((positions - 1) ** 0.5), vocab_size=state["token_emb.weight"].shape[0],
+            num_classes=state["class_emb.weight"].shape[0],
+        )
 
-    Args:
-        logits: [B, L, V] in generation order. tokens: int64 [B, L] raster. order: int64 [B, L].
-    Returns:
-        scalar, float32.
-    """
-    targets = tokens.gather(1, order)  # [B, L]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def chunked_loss(head, x, targets, rows):
-    """Mean cross-entropy of head(x). Of more than `rows` rows the logits are made so many at a time, and once
-    more in the backward pass.
-
-    Args:
-        head: module from [n, D] to logits [n, V]. x: [N, D]. targets: int64 [N].
-    Returns:
-        scalar, float32.
-    """
-
-    def summed(x, targets):
-        return F.cross_entropy(head(x).float(), targets, reduction="sum")
-
-    if len(targets) <= rows:
-        return summed(x, targets) / len(targets)
-    chunks = zip(x.split(rows), targets.split(rows), strict=True)
-    losses = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(losses).sum() / len(targets)
+    def start_from(self, name):
+        """Load weights that `find` knows into this model, resizing position embeddings to its grid (a 512 px
+        model starts from 256 px weights so). Raises as `load` does."""
+        path = find(name)
+        state, _ = read_weights(path)
+        with suppress(LookupError, RuntimeError, TypeError):  # absent or no grid: load_state reports it
+            state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], self.config.grid_size)}
+        load_state(self, state, path)
 
 
 def resize_pos_embed(pos_embed, grid_size):
-    """Resize `pos_embed` [1, 1 + g*g, D] bicubically to another grid; index 0 (class token) is kept.
-
-    This is how a 512 px model starts from 256 px weights.
-    """
+    """Resize `pos_embed` [1, 1 + g*g, D] bicubically to another grid; index 0 (class token) is kept."""
     old = int((pos_embed.shape[1] - 1) ** 0.5)
     if old == grid_size:
         return pos_embed

@@ -1,8 +1,5 @@
-"""Who sees whom, as boolean tensors (True = may look at).
-
-Knows group sizes and row counts. Does not know tokens, orders or embeddings. Rows come in two kinds:
-*context* rows (what is known) and *query* rows (what is to be predicted); see arXiv 2507.01957, section 3.
-"""
+"""Who sees whom in a training pass. Rows are *context* (tokens already known) and *queries* (positions to
+predict); see arXiv 2507.01957, section 3."""
 
 from functools import lru_cache
 
@@ -17,34 +14,28 @@ def row_groups(group_sizes):
 
 
 def training_mask(group_sizes):
-    """The attention mask of one training pass over all groups at once.
+    """The attention mask of one training pass over all groups: bool [2L, 2L], True where a row may look.
 
-    Rows (and columns) are L context rows, the class token followed by the tokens at slots 0..L-2, then L
-    query rows, slots 0..L-1. Context of group g sees the class token and context of groups <= g; a query of
-    group g sees the class token, context of groups < g, and the queries of its own group. That is 2L rows for
-    every schedule: context of the last group is present but no query looks at it.
-
-    Args:
-        group_sizes: tuple of positive ints that sum to L.
-    Returns:
-        bool tensor [2L, 2L].
+    Rows and columns are L context rows (the class token, then the tokens at slots 0..L-2), then L query rows
+    (slots 0..L-1). A context row sees the context of its own and earlier groups; a query row sees the context
+    of earlier groups and the queries of its own group. The class token comes before all groups: every row
+    sees it, and it sees only itself. The context of the last group is present, so that every schedule has 2L
+    rows, but no query sees it.
     """
     context, groups = row_groups(group_sizes)
-    length = len(groups)
-    mask = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
-    mask[:length, :length] = context[:, None] >= context[None, :]
-    mask[length:, :length] = groups[:, None] > context[None, :]
-    mask[length:, length:] = groups[:, None] == groups[None, :]
+    L = len(groups)
+    mask = torch.zeros(2 * L, 2 * L, dtype=torch.bool)
+    mask[:L, :L] = context[:, None] >= context[None, :]
+    mask[L:, :L] = groups[:, None] > context[None, :]
+    mask[L:, L:] = groups[:, None] == groups[None, :]
     return mask
 
 
 @lru_cache(maxsize=32)
 def cached_training_mask(group_sizes, device, dtype=torch.bool):
-    """`training_mask` on a device, prepared once per schedule (32 schedules are kept).
-
-    Of a floating-point dtype it is what is added to the scores: 0 where a row may look, else -inf.
-    """
-    with torch.inference_mode(False):  # so that one built while sampling serves a training step too
+    """`training_mask` on a device, built once per schedule. With a floating-point dtype it is what is added
+    to the scores: 0 where a row may look, else -inf."""
+    with torch.inference_mode(False):  # so that a mask built while sampling can serve a training step
         mask = training_mask(group_sizes).to(device)
         if dtype == torch.bool:
             return mask
@@ -53,21 +44,22 @@ def cached_training_mask(group_sizes, device, dtype=torch.bool):
 
 @lru_cache(maxsize=32)
 def cached_block_mask(group_sizes, device):
-    """`training_mask` as the BlockMask of FlexAttention, prepared once per schedule (32 are kept)."""
+    """`training_mask` as the BlockMask of FlexAttention, built once per schedule."""
     context, groups = row_groups(group_sizes)
     with torch.inference_mode(False):
         levels = torch.cat([2 * context + 1, 2 * groups]).to(device)  # context is odd, queries are even
-        return create_block_mask(_sees(levels), None, None, len(levels), len(levels), device=device)
+        return create_block_mask(_mask_mod(levels), None, None, len(levels), len(levels), device=device)
 
 
-def _sees(levels):
-    """A mask_mod that reads the levels [2L] of the rows: context is seen by what is later or its like, a
-    query by its own group. All of these share their code, so a compiled caller takes one as it takes another
-    tensor, and is not compiled again."""
-    length = len(levels) // 2
+def _mask_mod(levels):
+    """The rule of `training_mask` on levels [2L]: a row sees lower levels of context and its own level.
+
+    It reads a tensor, so that all schedules share one compiled kernel.
+    """
+    L = len(levels) // 2
 
     def mask_mod(_batch, _head, row, column):
         own, other = levels[row], levels[column]
-        return (other <= own) & ((column < length) | (other == own))
+        return (other <= own) & ((column < L) | (other == own))
 
     return mask_mod

@@ -1,19 +1,17 @@
-"""The image tokenizer: LlamaGen's VQ model, VQ-16 by default, any smaller one by its config.
+"""The image tokenizer: LlamaGen's VQ model (arXiv 2406.06525), VQ-16 by default, smaller ones by their
+config.
 
-Knows pixels in [-1, 1] and codebook ids. Does not know training, files or classes. The state dict has the
-keys of the released `vq_ds16_c2i.pt` (LlamaGen, arXiv 2406.06525).
-
-B batch, C channels, h = H / stride, L = h * w, V codebook size, e code width.
+The state dict has the keys of the released `vq_ds16_c2i.pt`. B batch, C channels, h = H / stride, L = h * w,
+V codebook size, e code width.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.pretrained import Pretrained
+from models.weights import Pretrained
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class VQConfig:
 
 
 def group_norm(channels):
-    """GroupNorm as everywhere in this network: 32 groups, eps 1e-6."""
+    """The GroupNorm of this network: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -102,7 +100,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each with attention behind it if asked, and a resampling."""
+    """The residual blocks of one resolution, each followed by attention if asked, and a resampling."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attention):
         super().__init__()
@@ -122,7 +120,7 @@ class Level(nn.Module):
 
 
 def middle(channels):
-    """Residual block, attention, residual block: what both networks have at the lowest resolution."""
+    """Residual block, attention, residual block, at the lowest resolution of both networks."""
     return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
 
 
@@ -172,20 +170,20 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """V unit vectors of width e. A code is looked up by its id, or found as the nearest to a vector."""
+    """V unit vectors of width e, looked up by id or by the nearest vector."""
 
     def __init__(self, vocab_size, code_dim):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
-        self.register_buffer("codebook_used", torch.zeros(65536))  # unused; the released weights have it
+        self.register_buffer("codebook_used", torch.zeros(65536))  # unused, but in the released weights
 
     def forward(self, tokens):
         """ids [...] -> unit vectors [..., e]."""
         return F.normalize(F.embedding(tokens, self.embedding.weight), dim=-1)
 
     def nearest(self, z):
-        """vectors [..., e], of any length -> ids [...] of the codes with the least angle."""
+        """vectors [..., e] of any length -> ids [...] of the codes at the smallest angle."""
         codes = F.normalize(self.embedding.weight, dim=-1)
         return (F.normalize(z, dim=-1) @ codes.T).argmax(dim=-1)
 
@@ -199,9 +197,9 @@ def as_square(tokens):
 
 
 class VQModel(Pretrained, nn.Module):
-    """Pixels to tokens and back."""
+    """Pixels to tokens and back. Gradients flow through `forward` only."""
 
-    config_class = VQConfig
+    config_class, marker = VQConfig, "quantize.embedding.weight"
 
     def __init__(self, config):
         super().__init__()
@@ -211,6 +209,11 @@ class VQModel(Pretrained, nn.Module):
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
+
+    @staticmethod
+    def config_of(state, recorded, size):
+        """The recorded config; the released file records none and is VQ-16."""
+        return recorded or VQConfig()
 
     def latents(self, pixels):
         """pixels [B, 3, H, W] in [-1, 1] -> unit vectors [B, h, w, e], before quantisation."""
@@ -226,16 +229,18 @@ class VQModel(Pretrained, nn.Module):
         """code vectors [B, h, w, e] -> pixels [B, 3, H, W], about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2)))
 
+    @torch.no_grad()
     def encode(self, pixels):
         """pixels [B, 3, H, W] in [-1, 1], square -> tokens int64 [B, L] in raster order."""
         return self.quantize.nearest(self.latents(pixels)).flatten(1)
 
+    @torch.no_grad()
     def decode(self, tokens):
         """tokens int64 [B, L] in raster order, of a square image -> pixels [B, 3, H, W], about [-1, 1]."""
         return self.decode_codes(self.quantize(as_square(tokens)))
 
     def forward(self, pixels):
-        """One pass of training, the gradient going straight through the quantisation.
+        """One training pass; the gradient passes straight through the quantisation.
 
         Returns:
             reconstruction [B, 3, H, W]; latents [B, h, w, e]; their codes [B, h, w, e]; tokens [B, h, w].
@@ -245,29 +250,3 @@ class VQModel(Pretrained, nn.Module):
         codes = self.quantize(tokens)
         through = latents + (codes - latents).detach()
         return self.decode_codes(through), latents, codes, tokens
-
-
-class FastDecoder:
-    """A copy of the half of a `VQModel` that decodes, for inference: `decode` as there, float32 out.
-
-    Codes pass their normalisation and `post_quant_conv` once, into a table [V, z_channels]; channels come
-    last in memory, as the convolutions of bfloat16 want them.
-
-    Args:
-        tokenizer: VQModel on its device. dtype: to compute in.
-        fused: compiled with torch.compile, which joins GroupNorm and swish; takes a minute at the first call.
-    """
-
-    def __init__(self, tokenizer, dtype=torch.bfloat16, *, fused=False):
-        self.config = tokenizer.config
-        project = tokenizer.post_quant_conv
-        with torch.no_grad():
-            codes = F.normalize(tokenizer.quantize.embedding.weight, dim=-1)  # [V, e]
-            self.table = F.linear(codes, project.weight.flatten(1), project.bias).to(dtype)  # [V, z_channels]
-        decoder = copy.deepcopy(tokenizer.decoder).to(dtype=dtype, memory_format=torch.channels_last)
-        self.decoder = torch.compile(decoder, dynamic=False) if fused else decoder
-
-    def decode(self, tokens):
-        """tokens int64 [B, L] in raster order, of a square image -> pixels [B, 3, H, W], about [-1, 1]."""
-        z = F.embedding(as_square(tokens), self.table)  # [B, h, w, z_channels]
-        return self.decoder(z.permute(0, 3, 1, 2)).float()

@@ -1,1 +1,1 @@
-"""Group sizes and generation orders, and the files they are kept in."""
+"""Group sizes, generation orders, and order files."""

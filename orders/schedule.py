@@ -1,12 +1,10 @@
-"""Group sizes: how many tokens each decoding step generates, and which schedules training draws from.
+"""Group sizes: how many tokens each decoding step generates.
 
-Knows counts only: no grid, no order, no model. `group_sizes` is always a plain tuple of ints that starts with
-1 and sums to the number of tokens L; its length G is the number of decoding steps.
+`group_sizes` is a tuple of G ints that starts with 1 and sums to the number of tokens L.
 Source: Locality-aware Parallel Decoding, arXiv 2507.01957.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 TRAINING_STEPS_256 = (256, 128, 64, 32, 24, 20, 16, 12, 8)
@@ -14,11 +12,10 @@ TRAINING_STEPS_1024 = (1024, 512, 256, 224, 192, 160, 128, 96, 80, 64, 56, 48, 4
 FEWEST_SCALED_STEPS = 4  # fewer, on a small grid, would train on almost independent tokens
 
 
-def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
-    """The paper's cosine schedule: `steps` group sizes, rising, that start with 1 and sum to `num_tokens`.
+def cosine_group_sizes(num_tokens, steps):
+    """The paper's cosine schedule: `steps` rising group sizes that start with 1 and sum to `num_tokens`.
 
-    Raises ValueError where no such list exists: fewer than 1 step, more steps than tokens, or one step for
-    several tokens (the first group is always one token).
+    Raises ValueError if there is no such list: more steps than tokens, or one step for several tokens.
     """
     if num_tokens < 1 or not 1 <= steps <= num_tokens or (steps == 1 and num_tokens > 1):
         raise ValueError(f"{steps} steps for {num_tokens} tokens: there must be 2 to {num_tokens} steps")
@@ -27,7 +24,7 @@ def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
     sizes[0] = 1
     missing = num_tokens - sum(sizes)
     last = steps - 1
-    while missing:  # one token at a time, from the last group backwards, never the first group nor below 1
+    while missing:  # one token at a time, from the last group backwards; the first group stays 1
         change = 1 if missing > 0 else -1
         if sizes[last] + change >= 1:
             sizes[last] += change
@@ -36,11 +33,8 @@ def cosine_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def check_group_sizes(group_sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-    """`group_sizes` as a tuple of ints.
-
-    Raises ValueError unless they start with 1, are all 1 or more, and sum to `num_tokens`.
-    """
+def check_group_sizes(group_sizes, num_tokens):
+    """`group_sizes` as a tuple of ints; ValueError unless positive, starting with 1, of sum `num_tokens`."""
     sizes = tuple(int(size) for size in group_sizes)
     if not sizes:
         raise ValueError(f"group sizes are empty, but must sum to {num_tokens}")
@@ -54,16 +48,16 @@ def check_group_sizes(group_sizes: Sequence[int], num_tokens: int) -> tuple[int,
     return sizes
 
 
-def training_steps(num_tokens: int) -> tuple[int, ...]:
-    """The step counts training draws from, falling: the published lists for 256 and 1024 tokens, else scaled.
+def training_steps(num_tokens):
+    """The step counts that training draws from, in falling order.
 
-    For another L the list of 256 is scaled by L / 256 and rounded, and those of 4 steps or more are kept; L
-    itself (one token at a time) is always in it.
+    The published lists for 256 and 1024 tokens. For another L, the list of 256 scaled by L / 256 and rounded,
+    without those below 4; L itself (one token at a time) is always included.
     """
     if num_tokens < 1:
         raise ValueError(f"the number of tokens must be 1 or more, not {num_tokens}")
     if num_tokens == 1024:
         return TRAINING_STEPS_1024
     scaled = (round(steps * num_tokens / 256) for steps in TRAINING_STEPS_256)
-    kept = {steps for steps in scaled if steps >= FEWEST_SCALED_STEPS} | {num_tokens}
-    return tuple(sorted(kept, reverse=True))
+    counts = {steps for steps in scaled if steps >= FEWEST_SCALED_STEPS} | {num_tokens}
+    return tuple(sorted(counts, reverse=True))

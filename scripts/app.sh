@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then starts the page to generate and edit images in a browser, on this machine alone.
+# Sets up, then serves the page for generating and editing images, to this machine only.
 #   bash scripts/app.sh [flags of demo/app.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,31 +1,65 @@
-# Shared by the scripts of this folder: `source` it. Knows how to check what the environment must name, and
-# start main_lpd.py under torchrun; the numbers of each experiment are in the scripts, Python and the machines
-# in setups/environment.sh.
+# Shared by the scripts of this folder: `source` it. It checks the environment variables, finds Python and the
+# machines, and starts main_lpd.py under torchrun; the numbers of each experiment are in its own script.
 #
-# MAX_BATCH_PER_GPU: split larger batches into accumulated ones.
+# One machine by default, on all of its GPUs. Several: NNODES, NODE_RANK and MASTER_ADDR on each of them, as
+# scripts/cli/run.py sets them; in an `srun` of your own they are SLURM's. NGPU: processes per machine.
+# MAX_BATCH_PER_GPU: larger batches are accumulated from smaller ones.
 # DRY_RUN=1: check, print the command and stop.
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$repo/.venv/bin/python # made by environment_setup.sh; otherwise the active environment's
+[[ -x $python ]] || python=python3
 
 usage_error() {
     echo "error: $*" >&2
     exit 2
 }
 
-source "$(dirname "${BASH_SOURCE[0]}")/setups/environment.sh"
-
-require_set() { # require_set NAME WHAT: the environment names it
+require_set() { # require_set NAME WHAT: the variable is set
     [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2"
 }
 
-require_path() { # require_path NAME WHAT: the environment names it and it exists, or is a name on the hub
+require_path() { # require_path NAME WHAT: the variable is a path that exists, or a name on the hub
     require_set "$1" "$2"
     [[ -e ${!1} || ${!1} == hf://* ]] || usage_error "$1: ${!1} does not exist: $2"
 }
 
-require_count() { # require_count NAME: a whole number from 1
+require_count() { # require_count NAME: the variable is a whole number from 1
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || usage_error "$1=${!1} is not a whole number of at least 1"
 }
 
-set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so that their product is GLOBAL
+require_tokenizer() {
+    VQGAN_PATH=${VQGAN_PATH:-$repo/tokenizers/vq_ds16_c2i.pt}
+    require_path VQGAN_PATH "the VQ tokenizer's weights, see tokenizers/README.md"
+}
+
+from_slurm() { # in a job step of your own: one task per machine; variables that are set win
+    [[ -n ${SLURM_STEP_ID:-} && -z ${NNODES:-} ]] || return 0
+    ((SLURM_STEP_NUM_TASKS == SLURM_STEP_NUM_NODES)) || usage_error \
+        "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES machines: --ntasks-per-node=1 is needed"
+    NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+}
+
+set_processes() { # sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NGPU
+    from_slurm
+    NNODES=${NNODES:-1}
+    require_count NNODES
+    if ((NNODES > 1)); then
+        require_set MASTER_ADDR "with NNODES=$NNODES, the address of the first machine"
+        require_set NODE_RANK "with NNODES=$NNODES, this machine's number from 0"
+    fi
+    NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+    if [[ -z ${NGPU:-} ]]; then
+        NGPU=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
+            usage_error "NGPU is not set and $python cannot count the GPUs"
+    fi
+    require_count NGPU
+    ((NGPU == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun does the same, with a warning
+}
+
+set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so that GPUs x both is GLOBAL
     local gpus=$((NGPU * NNODES)) per_gpu
     per_gpu=$(($1 / gpus))
     ((per_gpu * gpus == $1)) || usage_error "NGPU x NNODES = $gpus does not divide the global batch of $1"
@@ -36,24 +70,20 @@ set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so th
     batch_size=$((per_gpu / accum_iter))
 }
 
-launch() { # launch FLAGS...: main_lpd.py (or PROGRAM) under torchrun
+launch() { # launch FLAGS...: main_lpd.py (or PROGRAM) under torchrun; with the array `sweep`, under sweep.py
     local command=(
         "$python" "$repo/scripts/cli/agent.py"
         --nproc_per_node "$NGPU" --nnodes "$NNODES" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
         "${PROGRAM:-$repo/main_lpd.py}" "$@"
     )
+    if [[ -n ${sweep:-} ]]; then command=("$python" "$repo/scripts/sweep.py" "${sweep[@]}" -- "${command[@]}"); fi
     if [[ ${DRY_RUN:-0} != 0 ]]; then
         printf '%q ' "${command[@]}"
         echo
         exit
     fi
     exec "${command[@]}"
-}
-
-require_tokenizer() {
-    VQGAN_PATH=${VQGAN_PATH:-$repo/tokenizers/vq_ds16_c2i.pt}
-    require_path VQGAN_PATH "the VQ tokenizer's weights, see tokenizers/README.md"
 }
 
 train_lpd() { # train_lpd GLOBAL_BATCH FLAGS...: what all published training runs share, then FLAGS

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to images on Fashion-MNIST, through the real programs: data, tokenizer, token cache, LPD.
-# This made the weights in assets/fashion_mnist. Killed and started again it goes on.
+# This made the weights in assets/fashion_mnist. Run it again to resume.
 #   bash scripts/fashion_mnist.sh OUTPUT_DIR
-# TOKENIZER_EPOCHS and LPD_EPOCHS make it shorter; DATA_PATH is where the images are (made when missing).
+# TOKENIZER_EPOCHS, LPD_EPOCHS: shorter training. DATA_PATH: the images (made if they are missing).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ $# == 1 ]] || usage_error "usage: fashion_mnist.sh OUTPUT_DIR"
 output=$1
 data=${DATA_PATH:-$repo/data/fashion_mnist}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait leave the core to others
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # waiting threads release their core
 
 bash "$repo/scripts/data/fashion_mnist.sh" "$data"
 

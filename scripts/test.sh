@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets up, then lint and tests: `bash scripts/test.sh [pytest arguments]`, from anywhere.
+# Sets up, then runs lint and tests, from any folder: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash environment_setup.sh --dev --app
-# The page is tested in a browser. Where it cannot be installed those tests are skipped and say so.
+# The page is tested in a browser; without one those tests are skipped.
 if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
     echo "installing Debian's chromium"
     { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \

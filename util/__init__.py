@@ -1,1 +1,1 @@
-"""What the programs share: flags, processes, images, the token cache, logs, pictures."""
+"""The ground floor: flags, processes, devices, files, images, the token cache, pictures, logs."""

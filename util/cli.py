@@ -1,36 +1,51 @@
-"""Flags and error rules shared by the command-line programs.
+"""What the command-line programs share: flags, checks before anything slow starts, errors in one line.
 
-Knows argparse, exit statuses and what can be checked before anything slow starts. Does not know what the
-programs do. Exit status 2: wrong usage (flags or the files they name); 1: failure while running.
+Exit status 2 is wrong usage (flags or the files they name), 1 a failure while running, 128 + n a stop by
+signal n.
 """
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import shutil
+import signal
 import sys
+import time
+import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from util import dist, files, hub
+from util import files
+from util.distributed import Stopped, is_peer_failure
 from util.images import UnreadableImage
-from util.signals import Stopped
 from util.token_cache import DamagedCache
 
 
 class UsageError(Exception):
-    """The user's mistake: told in one line, exit status 2."""
+    """The user's mistake: reported in one line, exit status 2."""
 
 
 class Failure(Exception):
-    """The run cannot go on: told in one line, exit status 1."""
+    """The run cannot go on: reported in one line, exit status 1."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Help with defaults, except for flags whose default is None or False."""
+
+    def add_argument(self, action):
+        shown = action.default not in (None, argparse.SUPPRESS) and action.default is not False
+        if shown and "%(default)s" not in (action.help or ""):
+            action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        super().add_argument(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that tells mistakes in one line and shows defaults in its help."""
+    """An ArgumentParser that reports mistakes in one line and shows defaults in its help."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UsageError(message)
@@ -54,8 +69,41 @@ def number(kind, least=None, most=None):
     return parse
 
 
+# Settings: frozen dataclasses whose fields are also the flags of a program.
+
+
+def setting(default, help=None, *, kind=None, least=None, most=None, choices=None):
+    """A dataclass field that `add_settings` turns into a flag. `kind` is the type (default: the
+    default's)."""
+    kind = kind or type(default)
+    if kind is bool:
+        flag = {"action": "store_true"}
+    else:
+        flag = {"type": number(kind, least, most) if kind in (int, float) else kind, "choices": choices}
+    return dataclasses.field(default=default, metadata={"flag": {**flag, "default": default, "help": help}})
+
+
+def _flag_fields(Settings):
+    return [field for field in dataclasses.fields(Settings) if "flag" in field.metadata]
+
+
+def add_settings(parser, Settings):
+    """One flag for each field of a dataclass that was made with `setting`."""
+    for field in _flag_fields(Settings):
+        parser.add_argument(f"--{field.name}", **field.metadata["flag"])
+
+
+def settings_from(Settings, args, **given):
+    """The dataclass from the flags of `add_settings`; `given` are the other fields, or override flags."""
+    flags = {field.name: getattr(args, field.name) for field in _flag_fields(Settings)}
+    return Settings(**{**flags, **given})
+
+
+# Flags that several programs have.
+
+
 def add_seed_flag(parser):
-    """--seed; so bounded that all seeds made of it, for steps and processes, fit 64 bits."""
+    """--seed, bounded so that every seed derived from it fits 64 bits."""
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
 
 
@@ -66,59 +114,62 @@ def add_device_flags(parser):
 
 
 def add_tokenizer_flags(parser):
-    """--vqgan_path and what may be said of a tokenizer whose file has no config."""
+    """--vqgan_path, and what may be stated of the tokenizer."""
     parser.add_argument(
         "--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors, folder, hf://owner/repo)"
     )
     parser.add_argument(
-        "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's own"
+        "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's"
     )
-    parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's own")
+    parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's")
+
+
+def add_weights_flags(parser, models):
+    """The weights of a generator: --pretrained_ckpt, --model (one of `models`), --img_size, the tokenizer."""
+    parser.add_argument(
+        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)"
+    )
+    parser.add_argument("--model", choices=sorted(models), help="size, if the weights do not record it")
+    parser.add_argument("--img_size", type=number(int, 1), help="checked against the weights'")
+    add_tokenizer_flags(parser)
 
 
 def add_output_flags(parser):
     """--output_dir and --overwrite, for `prepare_output`."""
     parser.add_argument("--output_dir", metavar="DIR")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier run put into --output_dir"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output_dir")
 
 
 def add_class_names_flag(parser):
     """--class_names, for `class_names`."""
-    parser.add_argument("--class_names", metavar="FILE", help="a name per line, for weights that hold none")
+    parser.add_argument("--class_names", metavar="FILE", help="one name per line, if the weights have none")
 
 
-GENERATION_FLAGS = (
+ORDER_FLAGS = (
     "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold",
-    "repulsion_threshold", "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "seed",
-)  # fmt: skip
+    "repulsion_threshold",
+)
 
 
-def add_generation_flags(parser):
-    """How images are decoded: schedule, order, guidance, draws."""
-    g = parser.add_argument_group("generation")
-    g.add_argument(
-        "--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256"
-    )
-    g.add_argument(
-        "--group_sizes", type=int, nargs="+", help="tokens of each step, in place of --generation_steps"
-    )
-    g.add_argument(
-        "--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="made when no file"
-    )
-    g.add_argument(
-        "--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json, or hf://owner/repo/FILE"
-    )
-    g.add_argument("--proximity_threshold", type=number(float, 0), default=1.0)
-    g.add_argument(
-        "--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid"
-    )
-    g.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1 is no guidance")
-    g.add_argument("--cfg_schedule", default="linear", choices=["linear", "constant"])
-    g.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 takes the likeliest token")
-    g.add_argument("--top_k", type=number(int, 0), default=0, help="0 keeps all")
-    g.add_argument("--top_p", type=number(float, 0, 1), default=1.0)
+def add_order_flags(parser):
+    """ORDER_FLAGS: the schedule of group sizes and the generation order."""
+    add = parser.add_argument
+    add("--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256")
+    add("--group_sizes", type=int, nargs="+", help="tokens of each step, instead of --generation_steps")
+    add("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="if no file")
+    add("--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json, or hf://owner/repo/FILE")
+    add("--proximity_threshold", type=number(float, 0), default=1.0, help="least score of a near cell")
+    add("--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid")
+
+
+# Checks before anything slow starts.
+
+
+def required(args, *names):
+    """Refuse when one of these flags was not given."""
+    for name in names:
+        if getattr(args, name) in (None, ""):
+            raise UsageError(f"--{name} is needed")
 
 
 def existing_file(flag, path):
@@ -139,40 +190,8 @@ def existing_folder(flag, path):
     return path
 
 
-def weights_file(flag, path):
-    """The path of weights; of a folder, its model.safetensors, or, of a run, its checkpoint-last.pth."""
-    path = Path(path)
-    if (path / hub.WEIGHTS).is_file():
-        return path / hub.WEIGHTS
-    return existing_file(flag, path / "checkpoint-last.pth" if path.is_dir() else path)
-
-
-def find_files(args):
-    """Turn --pretrained_ckpt, --vqgan_path and --lpd_order_file, as far as given, into paths of files that
-    are there. Those named on the hub come last: they may have to be fetched."""
-    given = {flag: getattr(args, flag, None) for flag in ("pretrained_ckpt", "vqgan_path", "lpd_order_file")}
-    named = {}
-    for flag, value in given.items():
-        orders = flag == "lpd_order_file"
-        if value and hub.is_name(value):
-            with checking(f"--{flag}: "):
-                named[flag] = hub.parse(value, hub.ORDER_FILES if orders else hub.WEIGHT_FILES)
-        elif value:
-            setattr(args, flag, (existing_file if orders else weights_file)(f"--{flag}", value))
-    for flag, name in named.items():
-        with checking(f"--{flag}: "):
-            setattr(args, flag, hub.local_path(name))
-
-
-def required(args, *names):
-    """Refuse when one of these flags was not given."""
-    for name in names:
-        if getattr(args, name) in (None, ""):
-            raise UsageError(f"--{name} is needed")
-
-
 def writable_folder(flag, path):
-    """The path, if files can be written there. Nothing is made: the nearest existing parent is looked at."""
+    """The path, if files can be written there. Nothing is created: the nearest existing parent is tried."""
     path = Path(path)
     nearest = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if not nearest.is_dir():
@@ -184,6 +203,28 @@ def writable_folder(flag, path):
     except OSError as error:
         raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
     return path
+
+
+def prepare_output(args, record):
+    """Refuse a non-empty --output_dir; with --overwrite, clear the images of an earlier run of the program,
+    which the file `record` identifies."""
+    folder = writable_folder("--output_dir", args.output_dir)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not args.overwrite:
+        raise UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
+    if not (folder / record).exists():
+        raise UsageError(f"--output_dir {folder} has no {record}: another program's, not overwritten")
+    for images in folder.glob("images*"):
+        shutil.rmtree(images)
+
+
+def check_stated(args, **actual):
+    """Refuse a flag that states something else than what the weights or the data have."""
+    for name, value in actual.items():
+        stated = getattr(args, name, None)
+        if stated not in (None, value):
+            raise UsageError(f"--{name} is {stated}, the weights or data have {value}")
 
 
 def class_names(args, num_classes, info):
@@ -209,35 +250,18 @@ def find_class(flag, text, names):
     raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({', '.join(plain[:10])}, ...)")
 
 
-def prepare_output(args, record):
-    """Refuse to mix with what is there; with --overwrite, clear the images of an earlier run of the program,
-    which is known by the file `record`."""
-    folder = writable_folder("--output_dir", args.output_dir)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not args.overwrite:
-        raise UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
-    if not (folder / record).exists():
-        raise UsageError(
-            f"--output_dir {folder} holds no {record}: not made by this program, not overwritten"
-        )
-    for images in folder.glob("images*"):
-        shutil.rmtree(images)
-
-
 @contextmanager
-def checking(what=""):
-    """Inside it a ValueError or OSError is about what the user gave: told in one line that begins with
-    `what`, exit status 2."""
+def checking(prefix=""):
+    """Inside it a ValueError or OSError is the user's mistake; its message gets the prefix."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UsageError(f"{what}{error}") from error
+        raise UsageError(f"{prefix}{error}") from error
 
 
 @contextmanager
 def sole_writer(flag, folder, world):
-    """Inside it this run alone writes into the folder that a flag names; a second run is refused."""
+    """Inside it only this run writes into the folder that a flag names; a second run is refused."""
     with ExitStack() as stack:
         if world.is_main:
             try:
@@ -247,10 +271,14 @@ def sole_writer(flag, folder, world):
         yield
 
 
+# How a program ends.
+
+ONE_LINE = (UsageError, Failure, UnreadableImage, DamagedCache, OSError)
+
+
 def run(main):
-    """Run a program's `main()`; end the process with the exit status of its errors, without a traceback
-    for a user's mistake or a failing disk. Of several processes the first to fail tells why. A run that a
-    signal stopped in good order ends with 128 and the signal's number."""
+    """Run a program's `main()` and end the process with its exit status; errors that users cause, and failing
+    disks, are one line without a traceback."""
     try:
         main()
     except Stopped as stop:
@@ -260,37 +288,22 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        told = isinstance(error, (UsageError, Failure, UnreadableImage, DamagedCache, OSError))
-        first, echo = dist.first_to_fail(error), dist.is_echo(error)
-        if first and not (told or echo):
-            raise
-        if first:
-            reason = f"another process is gone ({str(error).splitlines()[0]})" if echo else error
-            print(f"error: {reason}", file=sys.stderr)
+        report(f"error: {error}" if isinstance(error, ONE_LINE) else traceback.format_exc().strip(), error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def check_tokenizer_flags(args, config):
-    """Refuse --vqgan_vocab_size or --vqgan_stride that differ from the tokenizer's own."""
-    for flag, own in (("vqgan_vocab_size", config.vocab_size), ("vqgan_stride", config.stride)):
-        given = getattr(args, flag)
-        if given is not None and given != own:
-            raise UsageError(f"--{flag} is {given}, the tokenizer {args.vqgan_path} has {own}")
+def report(message, error):
+    """Report the failure of this process once: by itself, or through the launcher if there is one.
 
-
-def check_fit(args, model, tokenizer, info, digest):
-    """Refuse a model and a tokenizer (of that digest), or an --img_size, that do not belong together."""
-    if info.get("tokenizer_digest") not in (None, "", digest):
-        raise UsageError(
-            f"--pretrained_ckpt was trained with tokenizer {info['tokenizer_digest']}, "
-            f"{args.vqgan_path} is {digest}"
-        )
-    ours, theirs = model.config.vocab_size, tokenizer.config.vocab_size
-    if ours != theirs:
-        raise UsageError(f"--pretrained_ckpt has {ours} codes, the tokenizer {args.vqgan_path} has {theirs}")
-    img_size = model.config.grid_size * tokenizer.config.stride
-    if args.img_size not in (None, img_size):
-        raise UsageError(f"--img_size is {args.img_size}, the weights make {img_size} px")
-    class_num = getattr(args, "class_num", None)
-    if class_num not in (None, model.config.num_classes):
-        raise UsageError(f"--class_num is {class_num}, the weights have {model.config.num_classes} classes")
+    torchrun and scripts/cli/agent.py print what the first worker to fail wrote into its error file. A worker
+    that only lost its peer writes nothing, and leaves the launcher time to find the one that failed.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        print(message, file=sys.stderr)
+    elif is_peer_failure(error):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    else:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

@@ -1,7 +1,4 @@
-"""Files that are whole or not there.
-
-Knows temporary names, renames, digests of files, and who may write. Does not know what is written.
-"""
+"""Files that are whole or absent: atomic writes, JSON, arrays, digests, and the lock of a run folder."""
 
 import errno
 import fcntl
@@ -10,10 +7,11 @@ import hashlib
 import json
 import os
 import socket
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-MOST_JSON = 2**28
+import numpy as np
 
 
 def _umask():
@@ -23,7 +21,7 @@ def _umask():
 
 
 def _remove_leftovers(path):
-    """Remove what killed processes left of their attempts to write `path`."""
+    """Remove the temporary files of killed processes that were writing `path`."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = partial.name.split(".")[-2]
         if pid.isdigit() and not Path("/proc", pid).exists():
@@ -32,7 +30,7 @@ def _remove_leftovers(path):
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`; renamed to it when the block ends well, removed when not."""
+    """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -41,10 +39,10 @@ def atomic(path):
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         partial.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # so that a full disk is told with the file
+        error.filename = error.filename or str(path)  # so that a full disk is reported with the file
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -56,15 +54,13 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def sole_writer(folder):
-    """Inside it no other program that asks so may write into `folder`, which is made where it is not.
+    """Inside it no other program that asks may write into `folder`, which is created if needed.
 
-    The kernel holds the lock and gives it back however this process ends. Machines that share the folder
-    share the lock too, where its file system has POSIX locks: NFS does, Lustre with the mount option `flock`;
-    where it has none, or keeps them to each machine (`localflock`), only one's own machine is guarded, or
-    none.
+    The kernel holds the lock and releases it however this process ends. Machines that share the folder share
+    the lock if its file system has POSIX locks (NFS; Lustre mounted with `flock`).
 
     Raises:
-        FolderInUse: another one does; the message names it.
+        FolderInUse: another program holds it; the message names it.
     """
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,29 +89,98 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value of a JSON file of at most MOST_JSON bytes: as Python objects it takes many times its size.
+    """The value of a JSON file.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: not JSON; the message names the file. OSError: it cannot be opened.
     """
-    size = Path(path).stat().st_size
-    if size > MOST_JSON:
-        raise ValueError(f"{path}: {size} bytes of JSON, at most {MOST_JSON} are read")
     try:
         return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # bytes that are no text, too
+    except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError too
         raise ValueError(f"{path}: no readable JSON ({error})") from None
 
 
 def value_digest(value):
-    """16 hex digits that name a value of plain types."""
+    """16 hex digits that identify a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_digest(path):
-    """16 hex digits of a file's contents."""
+    """16 hex digits that identify a file's contents."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def refuse_changes(path, saved, now, remedy):
+    """Refuse to continue `path` with other settings than it was made with.
+
+    `saved` and `now` are dicts of plain values, possibly nested; only keys of `now` count.
+
+    Raises:
+        ValueError: naming the first field that differs, both values, and the remedy.
+    """
+    for name, (before, value) in _fields(saved, json.loads(json.dumps(now))):
+        if before != value:
+            raise ValueError(
+                f"{path} was made with {name} {str(before)[:80]}, now it is {str(value)[:80]}: {remedy}"
+            )
+
+
+def _fields(saved, now, prefix=""):
+    saved = json.loads(json.dumps(saved)) if isinstance(saved, dict) else {}
+    for name, value in now.items():
+        if isinstance(value, dict):
+            yield from _fields(saved.get(name), value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, (saved.get(name), value)
+
+
+@contextmanager
+def _one_line_errors(path, what):
+    """Damaged bytes fail in many ways; all become a ValueError of one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: no readable {what} ({reason[:200]})") from None
+
+
+def read_arrays(path, keys=None):
+    """Arrays of an `.npz` (by default all) as a dict. Nothing in the file is executed.
+
+    Raises:
+        ValueError: damaged, or an array is missing; the message names the file. OSError: cannot be opened.
+    """
+    with _one_line_errors(path, ".npz"), np.load(path, allow_pickle=False) as archive:
+        arrays = {key: archive[key] for key in (archive.files if keys is None else keys)}
+        for key, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is no array
+                raise ValueError(f"{key} is no array")
+        return arrays
+
+
+def map_array(path, key):
+    """An array of an `.npz`, memory-mapped if it is stored uncompressed (numpy.savez), else loaded.
+
+    Raises:
+        ValueError, OSError: as `read_arrays`.
+    """
+    with _one_line_errors(path, f"array {key}"), zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return read_arrays(path, [key])[key]
+        with archive.open(entry) as member:
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            header = member.tell()
+        if dtype.hasobject:
+            raise ValueError("pickled objects")
+        archive.fp.seek(entry.header_offset + 26)  # the lengths of the name and the extra field
+        name, extra = (int.from_bytes(archive.fp.read(2), "little") for _ in range(2))
+        start = entry.header_offset + 30 + name + extra + header
+        return np.memmap(path, dtype, "r", start, shape, order="F" if fortran else "C")

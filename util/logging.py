@@ -1,16 +1,15 @@
-"""The log of a run: `metrics.jsonl` first, TensorBoard and wandb as optional listeners.
-
-Knows numbers by name and step. Does not know what they mean.
-"""
+"""The log of a run: `metrics.jsonl` first, TensorBoard and wandb as optional listeners."""
 
 import json
 from pathlib import Path
+
+from util.files import atomic
 
 
 class MetricsLog:
     """Appends one JSON line per call to FOLDER/metrics.jsonl and passes it on to the listeners.
 
-    A run that is resumed from step n drops the lines behind n that an earlier, killed run had written.
+    A run that resumes from step n drops the lines after n which an earlier, killed run had written.
     """
 
     def __init__(self, folder, *, resume_step=0, listeners=()):
@@ -18,9 +17,8 @@ class MetricsLog:
         self.listeners = listeners
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= resume_step]
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self.path)
+            with atomic(self.path) as partial:
+                partial.write_text("".join(line + "\n" for line in kept))
 
     def write(self, step, **values):
         """Log floats and strings at a step."""

@@ -1,15 +1,12 @@
-"""Pictures for people: grids, films, plots.
-
-Knows uint8 images [n, H, W, 3] and numbers. Does not know models or files of data.
-"""
+"""Pictures for people, from uint8 images [n, H, W, 3] and numbers: grids, GIFs, plots."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.files import atomic
-from util.regions import as_pixels
+from util.images import as_pixels
 
-GREY = 128  # of places not generated yet
+GREY = 128  # cells that are not generated yet
 
 
 def save_png(path, pixels):
@@ -31,20 +28,20 @@ def grid(images, columns, *, scale=1, gap=2):
 
 
 def only_cells(images, cells):
-    """Images [n, H, W, 3] with all but some cells, bool [n, L], grey."""
+    """Images [n, H, W, 3] with everything but `cells`, bool [n, L], grey."""
     seen = as_pixels(cells, np.shape(images)[1])
     return np.where(seen[..., None], images, GREY).astype(np.uint8)
 
 
 def filled(images, orders, slots):
-    """Images [n, H, W, 3] of which the first `slots` cells of `orders` [n, L] are there, the others grey."""
+    """Images [n, H, W, 3] with only the first `slots` cells of `orders` [n, L] visible, the others grey."""
     cells = np.zeros(orders.shape, dtype=bool)
     np.put_along_axis(cells, orders[:, :slots], True, axis=1)
     return only_cells(images, cells)
 
 
 def labelled_rows(images, row_labels, *, scale=1, title=None):
-    """A sheet of images [rows * columns, H, W, 3], each row with its text on the left."""
+    """A sheet of images [rows * columns, H, W, 3] with a label to the left of each row."""
     rows = len(row_labels)
     sheet = grid(images, len(images) // rows, scale=scale)
     font = ImageFont.load_default(max(11, min(20, sheet.shape[0] // rows // 3)))
@@ -61,14 +58,14 @@ def labelled_rows(images, row_labels, *, scale=1, title=None):
 
 
 def side_by_side(sheets, *, gap=24):
-    """Sheets of about one height, left to right on white."""
+    """Sheets of similar height, left to right on white."""
     height = max(sheet.shape[0] for sheet in sheets)
     padded = [np.pad(s, ((0, height - s.shape[0]), (0, gap), (0, 0)), constant_values=255) for s in sheets]
     return np.concatenate(padded, axis=1)
 
 
 def save_film(path, frames, *, seconds=0.15, last=2.0):
-    """Write frames (uint8 [H, W, 3] each) as an endless GIF; the last one stays for `last` seconds."""
+    """Write frames (uint8 [H, W, 3] each) as a looping GIF; the last one stays for `last` seconds."""
     frames = [Image.fromarray(np.asarray(frame)).quantize(128) for frame in frames]
     durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(1000 * last)]
     with atomic(path) as partial:
@@ -78,32 +75,25 @@ def save_film(path, frames, *, seconds=0.15, last=2.0):
 
 
 def save_curves(path, curves, *, xlabel, ylabel):
-    """Plot curves, a dict of name -> (xs, ys) or (xs, ys, half the length of a bar at each)."""
-    import matplotlib
+    """Plot curves, a dict of name -> (xs, ys) or (xs, ys, error bars)."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    axes = Figure(figsize=(6, 3.5)).subplots()
     for name, (xs, ys, *bars) in curves.items():
         axes.errorbar(xs, ys, *bars, label=name, linewidth=1, capsize=2)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+        axes.figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
 
 
 def save_order_map(path, steps_of_cells, title):
     """Draw a token grid, int [g, g], each cell with the number of the step that generates it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     side = len(steps_of_cells)
-    figure, axes = plt.subplots(figsize=(4.5, 4.5))
+    axes = Figure(figsize=(4.5, 4.5)).subplots()
     axes.imshow(steps_of_cells, cmap="viridis")
     for row, column in np.ndindex(steps_of_cells.shape):
         colour = "white" if steps_of_cells[row, column] < steps_of_cells.max() / 2 else "black"
@@ -111,5 +101,4 @@ def save_order_map(path, steps_of_cells, title):
         axes.text(column, row, text, ha="center", va="center", fontsize=min(12, 90 / side), color=colour)
     axes.set(xticks=[], yticks=[], title=title)
     with atomic(path) as partial:
-        figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
+        axes.figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")

@@ -1,32 +1,24 @@
-"""The token cache: the tokens of a folder of images, on disk.
+"""The token cache: the tokens of an image folder on disk.
 
-Knows its format and the MAR-style folder of one `.npz` per image. Does not know pixels or models.
-
-    meta.json                   only when the cache is complete
-    plan.json                   what the cache is to hold, from the first moment on
+    meta.json                   present only when the cache is complete
+    plan.json                   what the cache will hold, from the first moment on
     shard-00003.tokens.npy      uint16 [N, 2, L]: the image, the mirrored image
-    shard-00003.labels.npy      int32 [N]
+    shard-00003.labels.npy      int32 [N], written last: it marks the shard complete
     shard-00003.names.json      relative image names [N]
 
-Image i of the sorted folder belongs to shard i // shard_size. `labels` is written last and marks its shard
-complete; every file has its final name only when it is whole. Names are never used as paths, and one that
-would leave the image folder is refused all the same. What a file claims is checked before memory is taken.
+Image i of the sorted folder belongs to shard i // shard_size. The MAR-style folder of one `.npz` per image is
+read too.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
-from util.files import atomic, read_json, write_json
-from util.npz import claimed_bytes, npy_header, read_arrays
+from util.files import atomic, read_arrays, read_json, refuse_changes, write_json
 
 FORMAT = 1
-# The most that a description may say; far beyond use, so that nothing runs for hours on a damaged number.
-MOST = {"img_size": 2**16, "grid_size": 2**10, "vocab_size": 2**16, "num_images": 2**32, "shard_size": 2**32}
-MOST_SHARDS = 10**5
 
 
 class DamagedCache(ValueError):
@@ -35,8 +27,8 @@ class DamagedCache(ValueError):
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What a token cache holds. `precision` is what the images were encoded in: fp32, bf16, or unknown.
-    `unreadable` names images left out because the user allowed it."""
+    """What a token cache holds. `precision` is that of the encoder: fp32, bf16, or unknown. `unreadable`
+    names the images that were left out."""
 
     img_size: int
     grid_size: int
@@ -50,6 +42,12 @@ class CacheMeta:
     unreadable: tuple[str, ...] = ()
     format: int = FORMAT
 
+    def __post_init__(self):
+        for name in ("img_size", "grid_size", "vocab_size", "num_images", "shard_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive int, not {value!r:.40}")
+
     @property
     def num_tokens(self):
         """L, tokens of an image."""
@@ -58,22 +56,6 @@ class CacheMeta:
     @property
     def num_shards(self):
         return -(-self.num_images // self.shard_size)
-
-    def __post_init__(self):
-        for name, most in MOST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an int in 1..{most}, not {value!r:.40}")
-        if self.num_shards > MOST_SHARDS:
-            raise ValueError(
-                f"{self.num_images} images in shards of shard_size {self.shard_size} are {self.num_shards} "
-                f"shards, at most {MOST_SHARDS} are read"
-            )
-        for name in ("tokenizer_digest", "names_digest", "precision"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a text, not {getattr(self, name)!r:.40}")
-        check_names(self.class_names)
-        check_names(self.unreadable)
 
     def as_json(self):
         """A dict of plain values, as written to disk."""
@@ -89,38 +71,26 @@ class CacheMeta:
         """
         try:
             values = read_json(path)
-            meta = CacheMeta(**{**values, "class_names": tuple(values["class_names"]),
-                                "unreadable": tuple(values["unreadable"])})  # fmt: skip
+            lists = {name: tuple(values[name]) for name in ("class_names", "unreadable")}
+            meta = CacheMeta(**{**values, **lists})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no token cache description ({error})") from None
         if meta.format != FORMAT:
-            raise ValueError(
-                f"{path}: token cache of format {meta.format!r:.40}, this program reads {FORMAT}"
-            )
+            raise ValueError(f"{path}: token cache of format {meta.format}, this program reads {FORMAT}")
         return meta
 
 
-def check_names(names):
-    """Refuse a list that is none of relative paths inside a folder.
-
-    Raises:
-        ValueError: with the first wrong one.
-    """
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"a name that is no text: {name!r:.40}")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-            raise ValueError(f"the name {name!r:.60} leaves its folder")
-
-
 def names_digest(names):
-    """16 hex digits that name a list of image names."""
+    """16 hex digits that identify a list of image names."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
+def _shard_file(folder, shard, kind):
+    return Path(folder) / f"shard-{shard:05d}.{kind}"
+
+
 class CacheWriter:
-    """Writes a token cache shard by shard; goes on where an earlier run was killed.
+    """Writes a token cache shard by shard; continues where an earlier run was killed.
 
     Raises:
         ValueError: the folder holds a cache of something else.
@@ -128,33 +98,23 @@ class CacheWriter:
 
     def __init__(self, folder, meta):
         self.folder, self.meta = Path(folder), meta
-        for name in ("meta.json", "plan.json"):
-            if (self.folder / name).exists():
-                self._check_same(self.folder / name)
-
-    def _check_same(self, path):
-        old, new = CacheMeta.read(path).as_json(), self.meta.as_json()
-        changed = [k for k in new if k != "unreadable" and old[k] != new[k]]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{self.folder} holds a token cache whose {key} is {str(old[key])[:60]}, now it would be "
-                f"{str(new[key])[:60]}: give another --cached_path"
-            )
+        now = {name: value for name, value in meta.as_json().items() if name != "unreadable"}
+        for path in (self.folder / "meta.json", self.folder / "plan.json"):
+            if path.exists():
+                refuse_changes(path, CacheMeta.read(path).as_json(), now, "give another --cached_path")
 
     @property
     def complete(self):
         return (self.folder / "meta.json").exists()
 
     def begin(self):
-        """Make the folder and write down the plan."""
+        """Create the folder and write the plan."""
         write_json(self.folder / "plan.json", self.meta.as_json())
 
     def missing_shards(self):
         """Numbers of the shards that are not complete."""
-        return [
-            s for s in range(self.meta.num_shards) if not _shard_file(self.folder, s, "labels.npy").exists()
-        ]
+        done = [_shard_file(self.folder, s, "labels.npy").exists() for s in range(self.meta.num_shards)]
+        return [shard for shard, complete in enumerate(done) if not complete]
 
     def shard_range(self, shard):
         """Indices of the images of a shard."""
@@ -162,22 +122,15 @@ class CacheWriter:
         return range(start, min(start + self.meta.shard_size, self.meta.num_images))
 
     def write_shard(self, shard, tokens, labels, names):
-        """Write tokens [N, 2, L], labels [N] and names [N] of a shard.
-
-        Raises:
-            ValueError: a name that leaves the image folder.
-        """
-        check_names(names)
+        """Write tokens [N, 2, L], labels [N] and names [N] of a shard."""
         write_json(_shard_file(self.folder, shard, "names.json"), list(names))
-        for kind, array in (
-            ("tokens.npy", tokens.astype(np.uint16)),
-            ("labels.npy", labels.astype(np.int32)),
-        ):
+        arrays = {"tokens.npy": tokens.astype(np.uint16), "labels.npy": labels.astype(np.int32)}
+        for kind, array in arrays.items():
             with atomic(_shard_file(self.folder, shard, kind)) as partial, partial.open("wb") as file:
                 np.save(file, array)
 
     def finish(self, names):
-        """Mark the cache complete. Of `names`, all that were to be cached, those not in it are listed."""
+        """Mark the cache complete, listing those of all `names` that are not in it."""
         stored = set()
         for shard in range(self.meta.num_shards):
             stored.update(_read_names(_shard_file(self.folder, shard, "names.json")))
@@ -185,34 +138,22 @@ class CacheWriter:
         write_json(self.folder / "meta.json", {**self.meta.as_json(), "unreadable": unreadable})
 
 
-def _shard_file(folder, shard, kind):
-    return Path(folder) / f"shard-{shard:05d}.{kind}"
-
-
 def _read_names(path):
     names = read_json(path)
-    try:
-        if not isinstance(names, list):
-            raise ValueError(f"a {type(names).__name__} in place of a list of names")
-        check_names(names)
-    except ValueError as error:
-        raise DamagedCache(f"{path}: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DamagedCache(f"{path}: no list of image names")
     return names
 
 
-def _load_array(path, dtype, shape_tail):
+def _map_shard(path, dtype, shape_tail):
     try:
-        with Path(path).open("rb") as file:
-            shape, fortran, found = npy_header(file)
-            claimed, there = claimed_bytes(shape, found), os.fstat(file.fileno()).st_size - file.tell()
-            start = file.tell()
-    except Exception as error:  # numpy reads the header as Python, which fails in many ways
-        raise ValueError(f"{path}: cut short or no array ({str(error).splitlines()[0]})") from None
-    if found != dtype or fortran or shape[1:] != shape_tail or len(shape) != 1 + len(shape_tail):
-        raise ValueError(f"{path}: {found} {list(shape)} in place of {np.dtype(dtype)} [N, *{shape_tail}]")
-    if claimed != there:
-        raise ValueError(f"{path}: cut short or no array (it claims {claimed} bytes, it has {there})")
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
+        raise ValueError(f"{path}: truncated or no array ({str(error).splitlines()[0]})") from None
+    if array.dtype != dtype or array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{path}: {found} instead of {np.dtype(dtype)} [N, *{shape_tail}]")
+    return np.asarray(array)  # every slice of numpy's memmap class runs Python, slower than the read itself
 
 
 class TokenCache:
@@ -221,55 +162,55 @@ class TokenCache:
     Attributes:
         meta: CacheMeta. labels: int64 [N], all in memory.
     Raises:
-        ValueError: not complete, damaged, or of another format.
+        ValueError: incomplete, damaged, or of another format.
     """
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         if not (folder / "meta.json").exists():
-            raise ValueError(_why_no_cache(folder))
-        self.meta = CacheMeta.read(folder / "meta.json")
-        shards = range(self.meta.num_shards)
-        tail = (2, self.meta.num_tokens)
-        self._tokens = [_load_array(_shard_file(folder, s, "tokens.npy"), np.uint16, tail) for s in shards]
-        self.labels = np.concatenate(
-            [_load_array(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
-        ).astype(np.int64)
-        sizes = [len(t) for t in self._tokens]
-        expected = self.meta.num_images - len(self.meta.unreadable)
+            raise ValueError(_why_incomplete(folder))
+        self.meta = meta = CacheMeta.read(folder / "meta.json")
+        shards, tail = range(meta.num_shards), (2, meta.num_tokens)
+        tokens = [_map_shard(_shard_file(folder, s, "tokens.npy"), np.uint16, tail) for s in shards]
+        labels = [_map_shard(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
+        self.labels = np.concatenate(labels).astype(np.int64)
+        sizes, expected = [len(part) for part in tokens], meta.num_images - len(meta.unreadable)
         if sum(sizes) != expected or len(self.labels) != expected:
             raise ValueError(
                 f"{folder}: {sum(sizes)} images, {len(self.labels)} labels; meta.json says {expected}"
             )
-        if not 0 <= self.labels.min() <= self.labels.max() < len(self.meta.class_names):
-            raise ValueError(f"{folder}: a label outside 0..{len(self.meta.class_names) - 1}")
+        if not 0 <= self.labels.min() <= self.labels.max() < len(meta.class_names):
+            raise ValueError(f"{folder}: a label outside 0..{len(meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
-        # Without numpy's memmap class, whose every slice costs more than the tokens of an image.
-        self._rows = [np.asarray(t).reshape(-1, self.meta.num_tokens) for t in self._tokens]
+        self._rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
 
     def __len__(self):
         return len(self.labels)
 
     def tokens(self, indices, views):
-        """Tokens of images, int64 [n, L]; view 1 is the mirrored image."""
+        """Tokens of images, int64 [n, L]; view 1 is the mirrored image.
+
+        Raises:
+            DamagedCache: a token outside the vocabulary; a GPU would only report an assertion.
+        """
         indices, views = np.asarray(indices), np.asarray(views)
         _check_range("index", indices, len(self))
         _check_range("view", views, 2)
-        by_place = np.argsort(indices)  # the images of a shard come one after the other
-        shards = np.searchsorted(self._starts, indices[by_place], side="right") - 1
-        rows = 2 * (indices[by_place] - self._starts[shards]) + views[by_place]
+        by_shard = np.argsort(indices)
+        shards = np.searchsorted(self._starts, indices[by_shard], side="right") - 1
+        rows = 2 * (indices[by_shard] - self._starts[shards]) + views[by_shard]
         stored = np.empty((len(indices), self.meta.num_tokens), dtype=np.uint16)
         cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
         for start, end in zip(cuts, cuts[1:], strict=False):
-            if start < end:  # "clip" takes straight into `out`; the ranges were checked above
+            if start < end:  # mode "clip" reads straight into `out`; the ranges were checked above
                 self._rows[shards[start]].take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
-        if stored.max(initial=0) >= self.meta.vocab_size:  # a device would stop with no word of the reason
+        if stored.max(initial=0) >= self.meta.vocab_size:
             raise DamagedCache(
                 f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
             )
-        out = np.empty(stored.shape, dtype=np.int64)
-        out[by_place] = stored
-        return out
+        tokens = np.empty(stored.shape, dtype=np.int64)
+        tokens[by_shard] = stored
+        return tokens
 
 
 def _check_range(what, values, end):
@@ -280,7 +221,7 @@ def _check_range(what, values, end):
 class MarCache:
     """A MAR-style folder, CLASS/NAME.npz with keys `indices` and `indices_flip`, read as a token cache.
 
-    It does not name its tokenizer: `meta.tokenizer_digest` is empty.
+    It does not record its tokenizer: `meta.tokenizer_digest` is empty.
     """
 
     def __init__(self, folder, vocab_size, img_size):
@@ -299,7 +240,7 @@ class MarCache:
             img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
             class_names=class_names, tokenizer_digest="", num_images=len(self.paths),
             shard_size=len(self.paths), names_digest=names_digest(self.names),
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _load(path):
@@ -307,11 +248,10 @@ class MarCache:
             arrays = read_arrays(path, ("indices", "indices_flip"))
             both = np.stack([array.reshape(-1) for array in arrays.values()])
             return both.astype(np.int64, casting="same_kind")
-        except (ValueError, TypeError) as error:  # a TypeError: of another kind than integers
+        except (ValueError, TypeError) as error:  # TypeError: not integers
             raise DamagedCache(f"{path}: no tokens of an image ({error})") from None
 
     def _read(self, path):
-        """Tokens [2, L] of a file, as many as the first file's and all codes of the vocabulary."""
         both, count, codes = self._load(path), self.meta.num_tokens, self.meta.vocab_size
         if both.shape[1] != count:
             raise DamagedCache(f"{path}: {both.shape[1]} tokens, {self.paths[0]} has {count}")
@@ -327,23 +267,17 @@ class MarCache:
         return np.stack([self._read(self.paths[i])[v] for i, v in zip(indices, views, strict=True)])
 
 
-def _why_no_cache(folder):
-    if (folder / "plan.json").exists():
-        meta = CacheMeta.read(folder / "plan.json")
-        done = meta.num_shards - sum(
-            not _shard_file(folder, s, "labels.npy").exists() for s in range(meta.num_shards)
-        )
-        return (
-            f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
-        )
-    return f"{folder} is no token cache: no meta.json"
+def _why_incomplete(folder):
+    if not (folder / "plan.json").exists():
+        return f"{folder} is no token cache: no meta.json"
+    meta = CacheMeta.read(folder / "plan.json")
+    done = meta.num_shards - len(CacheWriter(folder, meta).missing_shards())
+    return f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
 
 
 def open_token_cache(folder, *, vocab_size=16384, img_size=256):
-    """A `TokenCache`, or a `MarCache` where the folder has no packed cache.
-
-    `vocab_size` and `img_size` are for the MAR style, which does not say them.
-    """
+    """A `TokenCache`, or a `MarCache` if the folder has no packed cache; the MAR style does not record
+    `vocab_size` and `img_size`."""
     folder = Path(folder)
     if (folder / "meta.json").exists() or (folder / "plan.json").exists():
         return TokenCache(folder)

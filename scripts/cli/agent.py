@@ -1,9 +1,8 @@
-"""torchrun for one machine, whose workers hear its signals: `python agent.py TORCHRUN_FLAGS PROGRAM ...`
+"""torchrun for one machine: `python agent.py TORCHRUN_FLAGS PROGRAM ...`
 
-Knows torchrun and its workers. Does not know what they compute. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are
-passed on to the workers, which have all the time they need to write a checkpoint; torchrun passes on two of
-these, and kills after 30 seconds. The exit status is that of the worker that failed first. A worker tells its
-error itself; this program tells of one that was killed.
+Signals are forwarded to the workers, which may take as long as they need to write a checkpoint; torchrun
+forwards fewer of them and kills after 30 seconds. The first failure is reported once, as one line where the
+worker recorded one, and its exit status becomes this program's.
 """
 
 import contextlib
@@ -18,32 +17,31 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def workers():
-    """Process ids of this process's children."""
+def forward(number, frame):
+    """Signal handler: send the signal on to the workers, which are this process's children."""
     lists = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for text in lists for pid in text.read_text().split()]
-
-
-def pass_on(number, frame):
-    pids = workers()
-    for pid in pids:
+    workers = [int(pid) for text in lists for pid in text.read_text().split()]
+    for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    if not pids:  # not started yet, or done
+    if not workers:  # not started yet, or already ended
         sys.exit(128 + number)
 
 
-def status_of(error):
-    """The exit status of the worker that failed first; one line if a signal killed it."""
+def report(error):
+    """Print the first failure, as `util.cli.run` recorded it in the worker; return its exit status."""
     rank, failure = error.get_first_failure()
-    if failure.exitcode >= 0:
-        return failure.exitcode
-    name = signal.Signals(-failure.exitcode).name
-    print(f"error: process {rank} was killed by {name}, the others are ended", file=sys.stderr)
-    return 128 - failure.exitcode
+    if isinstance(failure.message, dict):
+        print(failure.message["message"], file=sys.stderr)
+    elif failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {rank} was killed by {name}, the others are ended", file=sys.stderr)
+    elif failure.exitcode < 128:  # above: the worker stopped because of a signal, and said so
+        print(f"error: process {rank} ended with exit status {failure.exitcode}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
 
 
 def main():
@@ -56,11 +54,11 @@ def main():
             elastic_launch(config, program)(*words)
             status.append(0)
         except ChildFailedError as error:
-            status.append(status_of(error))
+            status.append(report(error))
 
-    for number in PASSED_ON:
-        signal.signal(number, pass_on)
-    thread = threading.Thread(target=launch, daemon=True)  # there torchrun leaves the signals to us
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    thread = threading.Thread(target=launch, daemon=True)  # there torchrun leaves signals alone
     thread.start()
     thread.join()
     sys.exit(status[0] if status else 1)

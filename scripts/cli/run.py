@@ -1,12 +1,11 @@
-"""Run a command as a SLURM job, through submitit, on each of its machines, queued again until it is done.
+"""Run a command as a SLURM job through submitit, on each of its machines, requeued until it is done.
 
     python scripts/cli/run.py -J lpd_l_256 -p PARTITION -A ACCOUNT -N 4 bash scripts/train/lpd_l_256.sh
     python scripts/cli/run.py -J lpd_l_256 --local bash scripts/train/lpd_l_256.sh
     python scripts/cli/run.py status lpd_l_256          also cancel and logs; by name, run folder or number
 
-Knows flags, SLURM's settings and where a job's files are. What happens on a machine is util/job.py's. The
-command gets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NGPU and OUTPUT_DIR, the run folder, in whose folder
-`jobs` its logs are; scripts/common.sh makes one torchrun agent per machine of them.
+The command gets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NGPU and OUTPUT_DIR (the run folder, with the
+logs in its folder `jobs`); scripts/common.sh turns them into one torchrun agent per machine.
 """
 
 import argparse
@@ -18,19 +17,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts.cli.job import Job, slurm_state
+from util import cli
+from util.files import read_json, write_json
+
 REPO = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(REPO)  # imports start from the repository's root, not from this folder
-
-from util import cli  # noqa: E402
-from util.files import read_json, write_json  # noqa: E402
-from util.job import Job, slurm_state  # noqa: E402
-
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def minutes(text):
-    """A length of time as SLURM writes it, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S -> minutes; any length."""
+    """A time as SLURM writes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S) in minutes, rounded up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is none of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
@@ -45,49 +41,45 @@ def minutes(text):
     return total
 
 
-def setting(text):
-    """KEY=VALUE -> (key, value)."""
+def key_value(text):
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[a-z][a-z-]*", key):
-        raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return key, value
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Run a command as a SLURM job; also `run.py status|cancel|logs JOB`")
-    parser.add_argument("-J", "--job-name", default="lpd")
-    parser.add_argument("-p", "--partition")
-    parser.add_argument("-A", "--account")
-    parser.add_argument("-N", "--nodes", type=cli.number(int, 1), default=1, help="machines")
-    parser.add_argument("--gpus-per-node", type=cli.number(int, 0), default=8, help="0 asks for none")
-    parser.add_argument(
-        "--time", type=minutes, default="4:00:00", help="limit of one attempt, as 30, 4:00:00, 2-00:00:00"
-    )
-    parser.add_argument("--qos")
-    parser.add_argument("--constraint")
-    parser.add_argument("--sbatch", type=setting, action="append", metavar="KEY=VALUE", help="any other flag")
-    parser.add_argument(
-        "--grace", type=cli.number(int, 15), help="seconds for the checkpoint; default: 120, or 1/4 of --time"
-    )
-    parser.add_argument("--max-retry", type=cli.number(int, 0), default=0, help="attempts after failures")
-    parser.add_argument("--output-dir", metavar="DIR", help="default: $OUTPUT_DIR, else output/JOB_NAME")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    parser.add_argument("--local", action="store_true", help="run here, now, without SLURM")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run")
+    add = parser.add_argument
+    add("-J", "--job-name", default="lpd")
+    add("-p", "--partition")
+    add("-A", "--account")
+    add("-N", "--nodes", type=cli.number(int, 1), default=1, help="machines")
+    add("--gpus-per-node", type=cli.number(int, 0), default=8, help="0 requests none")
+    add("--time", type=minutes, default="4:00:00", help="limit of one attempt: 30, 4:00:00, 2-00:00:00")
+    add("--qos")
+    add("--constraint")
+    add("--sbatch", type=key_value, action="append", metavar="KEY=VALUE", help="any other flag of sbatch")
+    add("--grace", type=cli.number(int, 15), help="seconds for a checkpoint; default: 120, or 1/4 of --time")
+    add("--max-retry", type=cli.number(int, 0), default=0, help="attempts after failures")
+    add("--output-dir", metavar="DIR", help="default: $OUTPUT_DIR, else output/JOB_NAME")
+    add("--dry-run", action="store_true", help="print what would be submitted")
+    add("--local", action="store_true", help="run here and now, without SLURM")
+    add("command", nargs=argparse.REMAINDER, help="what to run")
     return parser.parse_args(argv)
 
 
 def check(args):
-    """Refuse what is wrong before anything is submitted; fill in what depends on other flags."""
+    """Refuse mistakes before anything is submitted; fill in the defaults that depend on other flags."""
     if not re.fullmatch(r"[\w.+-]+", args.job_name):
         raise cli.UsageError(f"--job-name {args.job_name!r}: letters, digits and . _ + - only")
     if args.command[:1] == ["--"]:
         del args.command[0]
     if not args.command:
-        raise cli.UsageError("no command to run: put it behind the flags")
-    if not shutil.which(args.command[0]):
-        raise cli.UsageError(f"no such program: {args.command[0]}")
+        raise cli.UsageError("no command to run: give it after the flags")
     program, *words = args.command
+    if not shutil.which(program):
+        raise cli.UsageError(f"no such program: {program}")
     if Path(program).name in ("bash", "sh") and words and not words[0].startswith("-"):
         cli.existing_file(program, words[0])
     output_dir = args.output_dir or os.environ.get("OUTPUT_DIR") or REPO / "output" / args.job_name
@@ -103,17 +95,13 @@ def check(args):
 
 def job_of(args):
     environment = {"OUTPUT_DIR": str(args.output_dir)}
-    if args.gpus_per_node:
+    if args.gpus_per_node and not args.local:  # --local: $NGPU, else all GPUs of this machine
         environment["NGPU"] = str(args.gpus_per_node)
-    if args.local:  # all GPUs of this machine, unless it is said
-        environment = {"NGPU": os.environ["NGPU"]} if "NGPU" in os.environ else {}
-        environment["OUTPUT_DIR"] = str(args.output_dir)
-    jobs = str(args.output_dir / "jobs")
-    return Job(tuple(args.command), environment, jobs, args.max_retry, args.grace)
+    return Job(tuple(args.command), environment, str(args.output_dir / "jobs"), args.max_retry, args.grace)
 
 
 def sbatch_settings(args):
-    """What submitit's executor is given."""
+    """Keyword arguments of submitit's `update_parameters`."""
     chosen = {
         "job_name": args.job_name, "partition": args.partition, "account": args.account, "nodes": args.nodes,
         "ntasks_per_node": 1, "gpus_per_node": args.gpus_per_node or None, "time": args.time, "qos": args.qos,
@@ -121,29 +109,24 @@ def sbatch_settings(args):
         "additional_parameters": {"requeue": True, **dict(args.sbatch or [])},
         "srun_args": ["--kill-on-bad-exit=1", "--cpu-bind=none"],
         "setup": [f"export PYTHONPATH={REPO}${{PYTHONPATH:+:$PYTHONPATH}}"],
-    }  # fmt: skip
+    }
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-def check_folder_is_free(jobs):
-    """Refuse a run folder whose last job has not ended."""
-    for record in sorted(jobs.glob("*_submitted.json")):
-        job_id = read_json(record)["job_id"]
-        state = slurm_state(job_id)
-        if state and not state.startswith(ENDED):
-            raise cli.UsageError(f"--output-dir: {jobs.parent} is job {job_id}'s, which is {state}")
 
 
 def submit(args):
     import submitit
 
     jobs = args.output_dir / "jobs"
-    check_folder_is_free(jobs)
+    for record in sorted(jobs.glob("*_submitted.json")):
+        job_id = read_json(record)["job_id"]
+        state = slurm_state(job_id)
+        if state and not state.startswith(ENDED):
+            raise cli.UsageError(f"--output-dir: {args.output_dir} is used by job {job_id}, which is {state}")
     executor = submitit.SlurmExecutor(jobs)
     executor.update_parameters(**sbatch_settings(args))
     try:
         job = executor.submit(job_of(args))
-    except submitit.core.utils.FailedJobError:  # sbatch has said why
+    except submitit.core.utils.FailedJobError:  # sbatch has printed the reason
         raise cli.Failure("sbatch refused the job: nothing was submitted") from None
     record = {"job_id": job.job_id, "job_name": args.job_name, "command": args.command}
     write_json(jobs / f"{job.job_id}_submitted.json", record)
@@ -152,13 +135,13 @@ def submit(args):
 
 
 def find_job(text):
-    """The folder `jobs` and the number of a job, by number, run folder or name."""
+    """(folder `jobs`, job id) of a job given by its number, run folder or name."""
     folders = [Path(text)] if Path(text).is_dir() else [REPO / "output" / text]
     pattern = "jobs/*_submitted.json"
     if text.isdecimal():
-        folders, pattern = (REPO / "output").glob("*"), f"jobs/{text}_submitted.json"
+        folders, pattern = [*(REPO / "output").glob("*")], f"jobs/{text}_submitted.json"
         if "OUTPUT_DIR" in os.environ:
-            folders = [*folders, Path(os.environ["OUTPUT_DIR"])]
+            folders.append(Path(os.environ["OUTPUT_DIR"]))
     records = sorted((r for folder in folders for r in folder.glob(pattern)), key=lambda r: r.stat().st_mtime)
     if not records:
         raise cli.UsageError(f"no submitted job {text!r}: give its number, run folder or name")
@@ -166,20 +149,20 @@ def find_job(text):
 
 
 def status(jobs, job_id):
-    """Print the state of a job and what it failed of."""
+    """Print the state of a job and its failures."""
     failures = [read_json(path) for path in sorted(jobs.glob(f"{job_id}_failed_*.json"))]
     state = slurm_state(job_id)
-    if state is None:  # SLURM has forgotten it: its own records know
-        finished = (jobs / f"{job_id}_finished.json").exists()
-        state = "COMPLETED" if finished else "FAILED" if failures else "UNKNOWN"
+    if state is None:  # SLURM has forgotten it: the job's own records remain
+        done = (jobs / f"{job_id}_finished.json").exists()
+        state = "COMPLETED" if done else "FAILED" if failures else "UNKNOWN"
     print(f"job {job_id}: {state}")
-    for record in failures:
-        print("attempt {attempt} on {machine}: exit status {status}: {error}".format(**record))
+    for failure in failures:
+        print("attempt {attempt} on {machine}: exit status {status}: {error}".format(**failure))
     print(f"logs in {jobs}")
 
 
 def cancel(jobs, job_id):
-    """Cancel a job: what it runs has SLURM's half a minute to write a checkpoint."""
+    """Cancel a job; SLURM leaves the command half a minute to write a checkpoint."""
     done = subprocess.run(["scancel", job_id], capture_output=True, text=True)
     if done.returncode:
         raise cli.Failure(done.stderr.strip())
@@ -193,15 +176,15 @@ def logs(jobs, job_id):
     subprocess.run(["tail", "-n", "+1", *map(str, paths)], check=True)
 
 
-ASKED = {"status": status, "cancel": cancel, "logs": logs}
+QUERIES = {"status": status, "cancel": cancel, "logs": logs}
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] and argv[0] in ASKED:
+    if argv and argv[0] in QUERIES:
         if len(argv) != 2:
             raise cli.UsageError(f"usage: run.py {argv[0]} JOB")
-        return ASKED[argv[0]](*find_job(argv[1]))
+        return QUERIES[argv[0]](*find_job(argv[1]))
     args = parse_args(argv)
     check(args)
     if args.dry_run:

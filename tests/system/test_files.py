@@ -1,0 +1,153 @@
+"""Files are whole or absent, damaged ones are refused by name, and one program at a time writes a folder."""
+
+import os
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+
+from util import files
+from util.logging import MetricsLog, read_metrics
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as partial:
+        partial.write_text("after")
+        _ = 1 / 0
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_left(tmp_path):
+    """No process has the number 999999999; process 1 always lives."""
+    dead, living, of_another = (tmp_path / f".{name}.tmp" for name in ("a.999999999", "a.1", "b.999999999"))
+    for left in (dead, living, of_another):
+        left.write_text("half")
+    with files.atomic(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", living, of_another])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint of `train_flags` and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_training_on_a_full_disk_fails_in_one_line_and_keeps_the_last_checkpoint(small_disk):
+    """The first checkpoint is due after step 3; the disk has no room for the second."""
+    outcome = helpers.call("lpd", *helpers.train_flags(small_disk / "run", save_last_freq=0.5))
+    assert outcome.status == 1
+    last_line = outcome.err.splitlines()[-1]
+    assert last_line.startswith("error: [Errno 28] No space left on device: ")
+    assert "checkpoint-last.pth" in last_line
+    assert [path.name for path in small_disk.rglob("*.pth")] == ["checkpoint-last.pth"]
+
+
+HOLD = """
+import sys, time
+from util.files import sole_writer
+with sole_writer(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_folder_in_use_is_refused_by_its_writers_name_and_free_once_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        message = rf"^{tmp_path} is in use by process {holder.pid} on \S+$"
+        with pytest.raises(files.FolderInUse, match=message), files.sole_writer(tmp_path):
+            pass
+        holder.kill()
+    with files.sole_writer(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "truncated", "binary"])
+def test_unreadable_json_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match="a.json: no readable JSON"):
+        files.read_json(tmp_path / "a.json")
+
+
+SAVED = {"model": {"depth": 3, "sizes": [1, 2]}, "lr": 0.1, "old": True}
+NOW = {"model": {"depth": 3, "sizes": (1, 2)}, "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"lr": 0.2}, "run was made with lr 0.1, now it is 0.2: give another folder"),
+        ({"model": {"depth": 4}}, "made with model.depth 3, now it is 4"),
+        ({"model": {"sizes": (1,)}}, r"made with model.sizes \[1, 2\], now it is \[1\]"),
+        ({"new": "x" * 999}, f"made with new None, now it is {'x' * 80}: "),
+    ],
+)
+def test_changed_settings_are_refused_by_the_name_of_the_field(change, message):
+    """Tuples equal the lists that JSON makes of them; fields that only an old version had do not count."""
+    files.refuse_changes("run", SAVED, NOW, "give another folder")
+    with pytest.raises(ValueError, match=message):
+        files.refuse_changes("run", SAVED, {**NOW, **change}, "give another folder")
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("array", [IMAGES, np.asfortranarray(IMAGES), np.arange(7.0)], ids=["C", "F", "1d"])
+def test_stored_array_is_memory_mapped_and_a_compressed_one_loaded(tmp_path, array):
+    np.savez(tmp_path / "stored.npz", other=np.arange(3), arr_0=array)
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=array)
+    for name, is_mapped in (("stored", True), ("compressed", False)):
+        found = files.map_array(tmp_path / f"{name}.npz", "arr_0")
+        assert np.array_equal(found, array) and isinstance(found, np.memmap) == is_mapped
+
+
+class Hostile:
+    """Unpickled, it would make the file `ran` in the working directory."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "arrays,share",
+    [({"arr_0": IMAGES}, 0), ({"arr_0": IMAGES}, 0.5), ({"arr_0": IMAGES}, 0.95), ({"mu": IMAGES}, 1),
+     ({"arr_0": np.array([Hostile()], object)}, 1)],
+    ids=["empty", "half", "nearly all", "array missing", "pickle"],
+)
+def test_damaged_archive_is_refused_by_name_and_nothing_runs(tmp_path, monkeypatch, save, arrays, share):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.npz"
+    save(path, **arrays)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    for read in (files.map_array, lambda path, key: files.read_arrays(path, [key])):
+        with pytest.raises(ValueError) as error:
+            read(path, "arr_0")
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resumed_log_drops_what_came_after_the_resumed_step(tmp_path):
+    log, seen = MetricsLog(tmp_path), []
+    for step in range(4):
+        log.write(step, loss=step / 2, note="text")
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    resumed = MetricsLog(tmp_path, resume_step=2, listeners=[lambda *line: seen.append(line)])
+    resumed.write(3, loss=9.0, note="x")
+    losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path)}
+    assert losses == {0: 0, 1: 0.5, 2: 1, 3: 9}
+    assert seen == [(3, {"loss": 9.0})]  # listeners get the numbers
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]

@@ -1,0 +1,291 @@
+"""scripts/cli/run.py and job.py without SLURM: what would be submitted, what is refused, local runs, signals,
+retries, and how scripts/common.sh finds its machines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import ArgumentTypeError
+
+import helpers
+import pytest
+from helpers import REPO
+
+from scripts.cli import job, run
+from scripts.cli.job import Job
+
+
+@pytest.fixture
+def no_slurm(monkeypatch):
+    """No sbatch, and none of the variables that a run sets."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "NNODES", "NGPU", "NODE_RANK", "MASTER_", "OUTPUT_DIR")):
+            monkeypatch.delenv(name)
+    absent = ("sbatch", "no_such")
+    monkeypatch.setattr(run.shutil, "which", lambda name: None if name in absent else f"/bin/{name}")
+
+
+def call(*argv):
+    return helpers.call_main(run.main, *argv)
+
+
+# Flags.
+
+
+def test_time_has_the_formats_of_slurm():
+    expected = {"30": 30, "0:30": 1, "90:00": 90, "4:00:00": 240, "2-00:00:00": 2880, "1-12:30": 2190}
+    assert {text: run.minutes(text) for text in expected} == expected
+    for text in ("", "0", "4h", "1:2:3:4", "-5"):
+        with pytest.raises(ArgumentTypeError):
+            run.minutes(text)
+
+
+def test_dry_run_prints_the_job_and_writes_nothing(tmp_path, no_slurm):
+    command = ["bash", str(REPO / "scripts/train/lpd_l_256.sh"), "--seed", "3"]
+    words = (
+        f"-J lpd_l_256 -p gpu -A paper -N 4 --gpus-per-node 4 --time 2-00:00:00 --qos high --constraint a100 "
+        f"--max-retry 5 --sbatch mem=0 --output-dir {tmp_path}/out --dry-run"
+    )
+    outcome = call(*words.split(), *command)
+    assert (outcome.status, outcome.err) == (0, "")
+    job = json.loads(outcome.out)
+    expected = {
+        "job_name": "lpd_l_256", "partition": "gpu", "account": "paper", "nodes": 4, "ntasks_per_node": 1,
+        "gpus_per_node": 4, "time": 2880, "qos": "high", "constraint": "a100", "signal_delay_s": 120,
+        "additional_parameters": {"requeue": True, "mem": "0"},
+    }
+    assert expected.items() <= job["sbatch"].items()
+    assert job["environment"] == {"OUTPUT_DIR": f"{tmp_path}/out", "NGPU": "4"}
+    assert job["command"] == command and job["max_retry"] == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("", "no command to run"),
+        ("-J a/b true", "--job-name 'a/b'"),
+        ("--time 1 --grace 60 true", "--grace 60 s is all of --time, 60 s"),
+        ("--local bash no_such.sh", "bash: no such file: no_such.sh"),
+        ("--local no_such", "no such program: no_such"),
+        ("true", "sbatch is not here: --local runs without it"),
+        ("status no_such_job", "no submitted job 'no_such_job'"),
+        ("cancel", "usage: run.py cancel JOB"),
+    ],
+)
+def test_mistake_is_one_line_before_anything_is_submitted(words, message, no_slurm):
+    outcome = call(*words.split())
+    assert outcome.status == 2 and outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and message in outcome.err
+
+
+# Here, without SLURM.
+
+
+@pytest.fixture
+def local(tmp_path, capfd):
+    """A function that runs a shell command by `run.py --local`; returns (status, output)."""
+
+    def act(script, *flags):
+        status = call("--local", "--output-dir", tmp_path / "out", *flags, "bash", "-c", script).status
+        return status, capfd.readouterr().out
+
+    return act
+
+
+def test_local_run_sets_the_variables_and_writes_the_log(local, tmp_path):
+    script = "echo $NNODES $NODE_RANK $MASTER_ADDR $OUTPUT_DIR; echo also >&2; ((MASTER_PORT > 0))"
+    expected = f"1 0 127.0.0.1 {tmp_path}/out\nalso\n"
+    assert local(script) == (0, expected)
+    (log,) = (tmp_path / "out/jobs").glob("local_*_log.out")
+    assert log.read_text() == expected
+
+
+@pytest.mark.parametrize("retries,exit_status,tries", [(0, 7, 1), (2, 7, 3), (2, 2, 1)])
+def test_failure_is_retried_but_wrong_usage_is_not(retries, exit_status, tries, local):
+    assert local(f"echo try; exit {exit_status}", "--max-retry", retries) == (exit_status, "try\n" * tries)
+
+
+def test_success_ends_the_retries(local):
+    once = "echo try; [[ -e $OUTPUT_DIR/once ]] || { touch $OUTPUT_DIR/once; exit 1; }"
+    assert local(once, "--max-retry", 9) == (0, "try\n" * 2)
+
+
+# Signals for the command.
+
+HANDLES = """
+import os, signal, sys, time
+signal.signal(signal.{name}, lambda *_: sys.exit("handled"))
+os.write(1, b"ready\\n")
+time.sleep(30)
+"""
+
+
+def signalled(command, number, **rest):
+    """Run a command and signal this process, its job, once it prints `ready`; returns (status, first signal,
+    output)."""
+    read, write = os.pipe()
+    text = []
+
+    def at_ready(*_):
+        text.append(os.read(read, 6))
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGVTALRM, at_ready)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGVTALRM))  # the command has been started
+    timer.start()
+    try:
+        status, received = job.run_command(command, dict(os.environ), output=write, **rest)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGVTALRM, before)
+        os.close(write)
+    with os.fdopen(read, "rb") as file:
+        return status, received, b"".join([*text, file.read()]).decode()
+
+
+def test_signal_is_forwarded_and_the_status_returned():
+    command = [sys.executable, "-c", HANDLES.format(name="SIGTERM")]
+    assert signalled(command, signal.SIGTERM) == (1, signal.SIGTERM, "ready\nhandled\n")
+
+
+def test_shell_survives_a_signal_that_its_program_handles(tmp_path):
+    """In a script that does not `exec` the program, whose handler replaces the inherited SIG_IGN."""
+    (tmp_path / "program.py").write_text(HANDLES.format(name="SIGUSR2"))
+    script = f'"{sys.executable}" {tmp_path}/program.py; echo after $?'
+    expected = (0, signal.SIGUSR2, "ready\nhandled\nafter 1\n")
+    assert signalled(["bash", "-c", script], signal.SIGUSR2) == expected
+
+
+def test_command_that_ignores_the_signal_is_killed_with_its_children():
+    start = time.monotonic()
+    nap = f"sleep 1234.{os.getpid()}"
+    script = f"setsid {nap} & echo ready; {nap}"
+    status, received, _ = signalled(["bash", "-c", script], signal.SIGUSR2, patience=1)
+    assert (status, received) == (128 + signal.SIGKILL, signal.SIGUSR2) and time.monotonic() - start < 10
+    assert subprocess.run(["pgrep", "-fx", nap], capture_output=True, text=True).stdout == ""
+
+
+# On a machine of a SLURM job, with a stand-in for SLURM.
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """A function that calls a Job as submitit does on machine `rank` of two and returns its exit status; its
+    `requeued` lists the commands given to scontrol."""
+    requeued = []
+
+    def act(command, *, rank=0, attempt=0, number=0, **rest):
+        class Place:
+            job_id, num_nodes, global_rank, hostnames = "42", 2, rank, ["first", "second"]
+            paths = type("Paths", (), {"stderr": tmp_path / f"42_{rank}_log.err"})
+
+        Place.paths.stderr.write_text("noise\r  5%|\nerror: what happened\nmore\n")
+        monkeypatch.setattr("submitit.JobEnvironment", Place)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+        monkeypatch.setattr(job.subprocess, "run", lambda words, **_: requeued.append(words))
+        monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+        if number:
+            monkeypatch.setattr(job, "run_command", lambda *a, **k: (140, number))
+        try:
+            return Job(tuple(command), {}, str(tmp_path), **rest)()
+        except SystemExit as end:
+            return end.code
+
+    act.requeued = requeued
+    return act
+
+
+def test_command_gets_its_machine(place, tmp_path):
+    script = f"echo $NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT > {tmp_path}/seen"
+    assert place(["bash", "-c", script], rank=1) is None
+    assert (tmp_path / "seen").read_text() == "2 1 first 20042\n"
+
+
+def test_first_machine_requeues_the_job_at_the_time_limit(place):
+    assert place(["true"], rank=1, number=signal.SIGUSR2) is None and place.requeued == []
+    assert place(["true"], rank=0, number=signal.SIGUSR2) == 140
+    assert place.requeued == [["scontrol", "requeue", "42"]]
+
+
+def test_cancelled_job_is_not_requeued(place):
+    assert place(["true"], number=signal.SIGTERM) == 140 and place.requeued == []
+
+
+def test_failed_job_is_requeued_once_for_all_machines(place, tmp_path):
+    fail = ["bash", "-c", "exit 5"]
+    assert place(fail, rank=1, max_retry=1) == 5 and place(fail, rank=0, max_retry=1) == 5
+    assert len(place.requeued) == 1
+    with pytest.raises(RuntimeError, match="exit status 5: error: what happened"):
+        place(fail, attempt=1, max_retry=1)
+    assert len(place.requeued) == 1
+    record = json.loads((tmp_path / "42_failed_0.json").read_text())
+    assert record["rank"] == 1 and record["status"] == 5 and record["error"] == "error: what happened"
+
+
+def test_error_of_a_log_is_its_last_error_line_or_its_last_line(tmp_path):
+    logs = {"a\nerror: b\nc\n": "error: b", "a\nOSError: b\n\n": "OSError: b", "x\r 9%|": " 9%|", "": ""}
+    for log, expected in logs.items():
+        (tmp_path / "log").write_text(log)
+        assert job.last_error(tmp_path / "log") == expected
+
+
+def test_status_uses_the_records_when_slurm_has_forgotten_the_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "slurm_state", lambda job_id: None)
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    (jobs / "7_submitted.json").write_text('{"job_id": "7"}')
+    assert call("status", tmp_path).out.splitlines()[0] == "job 7: UNKNOWN"
+    record = {"attempt": 0, "machine": "m", "rank": 0, "status": 1, "error": "error: e"}
+    (jobs / "7_failed_0.json").write_text(json.dumps(record))
+    expected = "job 7: FAILED\nattempt 0 on m: exit status 1: error: e\n"
+    assert call("status", tmp_path).out.startswith(expected)
+    (jobs / "7_finished.json").write_text("{}")
+    assert call("status", tmp_path).out.splitlines()[0] == "job 7: COMPLETED"
+
+
+# The machines and processes that scripts/common.sh finds.
+
+
+def environment(tmp_path, **variables):
+    """(finished process that prints the variables, calls of SLURM's programs)."""
+    (tmp_path / "bin").mkdir()
+    for name in ("scontrol", "squeue", "srun", "sinfo", "sacct"):
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/called; echo n7; echo n8\n')
+        path.chmod(0o755)
+    shown = "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $NGPU"
+    script = f"source {REPO}/scripts/common.sh; set_processes; echo {shown}"
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NGPU": "2", **variables}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    called = tmp_path / "called"
+    return done, called.read_text() if called.exists() else ""
+
+
+STEP = {
+    "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "30005", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[7-8]",
+}
+OWN = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "me", "MASTER_PORT": "9"}
+
+
+@pytest.mark.parametrize(
+    "variables, expected, calls",
+    [
+        ({"SLURM_JOB_ID": "5"}, "1 0 127.0.0.1 29500 2\n", ""),  # a job, but no job step
+        (STEP, "2 1 n7 20005 2\n", "scontrol show hostnames n[7-8]\n"),
+        ({**STEP, **OWN}, "3 2 me 9 2\n", ""),
+    ],
+    ids=["outside", "step", "own"],
+)
+def test_machines_come_from_a_job_step_unless_they_are_set(variables, expected, calls, tmp_path):
+    done, called = environment(tmp_path, **variables)
+    assert (done.stdout, done.stderr, called) == (expected, "", calls)
+
+
+def test_several_tasks_on_a_machine_are_refused(tmp_path):
+    done, _ = environment(tmp_path, **{**STEP, "SLURM_STEP_NUM_TASKS": "16"})
+    assert done.returncode == 2 and "16 tasks on 2 machines" in done.stderr

@@ -1,0 +1,340 @@
+"""Training runs on disk: resumed, on several processes, from images or a cache, and their checkpoints."""
+
+import dataclasses
+import errno
+import os
+import pickle
+import signal
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import ALONE, CONFIG, MODEL, call, contents, finished, four_images, same, torchrun, train_flags
+
+import engine.train
+from engine.checkpoint import LAST, PREVIOUS, checkpoint_of, load_checkpoint, save_checkpoint
+from engine.data import CachedTokens, EncodedImages, ResidentTokens, fits
+from engine.loop import RunSettings
+from engine.train import new_state, train, train_step
+from models.vqgan import VQModel
+from models.weights import read_pth, read_weights
+from util.images import list_images
+from util.logging import MetricsLog, read_metrics
+from util.token_cache import DamagedCache, TokenCache
+
+
+def steps_of(state, count):
+    """Losses of training steps on the four images."""
+    forever = iter(four_images, None)
+    return [train_step(state, state.model.loss, ALONE, 1, forever)[0].item() for _ in range(count)]
+
+
+def save(state, path):
+    save_checkpoint(path, checkpoint_of(state, {}, ema=state.ema))
+
+
+def final_state(run):
+    """All that training left in a run folder, but the time it took."""
+    untimed = [{k: v for k, v in line.items() if k != "images_per_s"} for line in read_metrics(run)]
+    return read_pth(run / LAST), read_weights(run / "lpd.safetensors"), untimed
+
+
+def from_images():
+    """Changes of train_flags for training straight from the images of the shared cache."""
+    source = {"data_path": helpers.images(), "vqgan_path": helpers.tokenizer(), "img_size": helpers.SIZE}
+    return {"cached_path": None, **source}
+
+
+def interrupt_step(monkeypatch, step):
+    """Training that ends at once, without a checkpoint, at the beginning of a step (from 0)."""
+
+    def interrupted(state, *rest):
+        if state.step == step:
+            raise KeyboardInterrupt
+        return train_step(state, *rest)
+
+    monkeypatch.setattr(engine.train, "train_step", interrupted)
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_two_steps_a_checkpoint_and_two_steps_equal_four_steps(tmp_path, ema):
+    config = dataclasses.replace(CONFIG, ema=ema, model=dataclasses.replace(MODEL, dropout=0.1))
+    straight, first, second = (new_state(config, ALONE.device) for _ in range(3))
+    steps_of(straight, 4)
+    steps_of(first, 2)
+    save(first, tmp_path / LAST)
+    torch.manual_seed(31)  # the state of the global generator must not matter
+    second.load(tmp_path / LAST)
+    steps_of(second, 2)
+    assert same(checkpoint_of(second, {}, ema=second.ema), checkpoint_of(straight, {}, ema=straight.ema))
+
+
+KILLED_IN_SEVENTH_STEP = """
+import os, signal, sys
+import engine.train
+plain = engine.train.train_step
+def train_step(state, *rest):
+    if state.step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(state, *rest)
+engine.train.train_step = train_step
+import main_lpd
+main_lpd.main(sys.argv[1:])
+"""
+
+
+def test_killed_run_resumes_by_the_same_command_to_the_same_files(tmp_path):
+    """Checkpoints after steps 3 and 5 of 9, so step 6 is taken twice. Dropout is on."""
+    flags = {"epochs": 2, "save_last_freq": 0.5, "ema": 0.9}
+    killed = helpers.python("-c", KILLED_IN_SEVENTH_STEP, *train_flags(tmp_path / "run", **flags))
+    assert killed.status == -signal.SIGKILL
+    assert read_pth(tmp_path / "run" / LAST)["step"] == 5
+    assert not (tmp_path / "run/lpd.safetensors").exists()
+    finished(helpers.start("lpd", *train_flags(tmp_path / "run", **flags)))
+    finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags)))
+    assert same(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
+
+
+def test_run_from_images_resumes_to_the_same_files(tmp_path, monkeypatch):
+    """With dropout: starting the image readers again must not shift the random stream."""
+    flags = {"epochs": 1, "save_last_freq": 0.2, **from_images()}
+    finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags)))
+    with monkeypatch.context() as patch:
+        interrupt_step(patch, 3)
+        assert call("lpd", *train_flags(tmp_path / "run", **flags)).status == 130
+    finished(call("lpd", *train_flags(tmp_path / "run", **flags)))
+    assert same(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
+
+
+def test_finished_run_started_again_is_unchanged(tmp_path):
+    finished(call("lpd", *train_flags(tmp_path, epochs=1)))
+    before = contents(tmp_path)
+    finished(call("lpd", *train_flags(tmp_path, epochs=1)))
+    assert contents(tmp_path) == before
+
+
+def test_run_resumed_from_another_folder_continues_in_its_own(tmp_path, monkeypatch):
+    """--resume A --output_dir B, killed and started again, continues from the newer checkpoint in B."""
+    with monkeypatch.context() as patch:
+        interrupt_step(patch, 6)
+        assert call("lpd", *train_flags(tmp_path / "a", save_last_freq=1)).status == 130
+        flags = train_flags(tmp_path / "b", save_last_freq=1, resume=tmp_path / "a")
+        interrupt_step(patch, 12)
+        assert call("lpd", *flags).status == 130
+    assert [read_pth(tmp_path / run / LAST)["step"] for run in "ab"] == [5, 9]
+    finished(call("lpd", *flags))
+    assert same(final_state(tmp_path / "b")[:2], final_state(helpers.trained())[:2])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 3}, "seed 0, now it is 3"),
+        ({"lr": 1e-4}, "lr 0.001, now it is 0.0001"),
+        ({"batch_size": 2}, "global_batch 4, now it is 2"),
+        ({"proj_dropout": 0.3}, "model.dropout 0.1, now it is 0.3"),
+        ({"group_sizes_list": 4}, "schedules"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_changed_setting_is_refused_by_its_name(change, words):
+    before = contents(helpers.trained())
+    outcome = call("lpd", *train_flags(helpers.trained(), **change))
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert words in outcome.err and LAST in outcome.err
+    assert contents(helpers.trained()) == before
+
+
+# What a run does besides its steps.
+
+
+def test_hooks_are_called_when_due_and_at_the_end_with_averaged_weights(tmp_path):
+    """10 steps of half an epoch: every 2 epochs, and every 7 epochs only at the end."""
+    config = dataclasses.replace(CONFIG, num_images=8, epochs=5, ema=0.5)
+    state, calls = new_state(config, ALONE.device), []
+
+    def hook(state, log):
+        assert same(dict(state.model.state_dict()), state.ema) and not state.model.training
+        calls.append(state.step)
+
+    source = type("Source", (), {"batches": lambda self, plan: (four_images() for _ in plan)})()
+    run = RunSettings(tmp_path, hooks=((2, hook), (7, hook), (0, hook)), save_intermediate_freq=2)
+    train(state, source, run, ALONE, MetricsLog(tmp_path), {"about": "the data"})
+    assert calls == [4, 8, 10, 10]
+    numbered = {path.name: read_pth(path)["step"] for path in tmp_path.glob("checkpoint-[0-9].pth")}
+    assert numbered == {"checkpoint-2.pth": 4, "checkpoint-4.pth": 8}
+    weights, info = read_weights(tmp_path / "lpd.safetensors")
+    assert same(weights, state.ema) and info["about"] == "the data"
+    assert same(read_weights(tmp_path / LAST)[0], state.ema)  # averaged weights are what readers get
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    """The same kernels on the same numbers with the same dropout."""
+    flags = {"epochs": 1, "proj_dropout": 0.2}
+    finished(call("lpd", *train_flags(tmp_path / "plain", **flags)))
+    finished(call("lpd", *train_flags(tmp_path / "check", **flags), "--grad_checkpointing"))
+    assert same(final_state(tmp_path / "plain"), final_state(tmp_path / "check"))
+
+
+# Several processes.
+
+
+def test_two_processes_write_the_token_cache_of_one(tmp_path):
+    """Byte for byte, and each of the three shards is written by one process only."""
+    outcome = finished(torchrun(2, "cache", *helpers.cache_flags(tmp_path / "cache")))
+    assert outcome.out.count(f"{helpers.TRAIN} images, 3 shards") == 1
+    assert contents(tmp_path / "cache") == contents(helpers.token_cache())
+
+
+def trainable(path):
+    """The weights of a checkpoint but the biases of the attention's keys: these shift all scores of a query
+    alike, so their gradient is rounding alone, of which AdamW makes full-size steps."""
+    weights = read_pth(path)["model"]
+    for name, weight in weights.items():
+        if name.endswith("attn.qkv.bias"):
+            third = len(weight) // 3
+            weight[third : 2 * third] = 0
+    return weights
+
+
+def test_two_processes_with_two_images_train_as_one_with_four(tmp_path):
+    """1e-5, a tenth of a step of AdamW at this rate: the same sums in another order. AdamW hides a gradient
+    that is summed instead of averaged; its logged norm does not."""
+    flags = {"epochs": 1, "lr": 1e-4, "proj_dropout": 0, "label_drop_prob": 0}
+    finished(torchrun(2, "lpd", *train_flags(tmp_path / "two", batch_size=1, accum_iter=2, **flags)))
+    finished(call("lpd", *train_flags(tmp_path / "one", batch_size=4, **flags)))
+    logs = [read_metrics(tmp_path / run) for run in ("one", "two")]
+    for name, rounding in (("loss", 2e-5), ("grad_norm", 2e-4)):  # written to 5 and to 4 places
+        one, two = ([line[name] for line in log] for log in logs)
+        assert len(one) == 5 and two == pytest.approx(one, abs=rounding)
+    one, two = (trainable(tmp_path / run / LAST) for run in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+# Sources.
+
+PLAN = [(np.array([3, 17, 3]), np.array([0, 1, 1])), (np.array([8]), np.array([0]))]
+
+
+def test_all_sources_give_the_same_batches():
+    cache, folder = TokenCache(helpers.token_cache()), list_images(helpers.images() / "train")
+    tokenizer, _ = VQModel.load(helpers.tokenizer())
+    sources = [
+        CachedTokens(cache), ResidentTokens(cache, ALONE.device, images_at_a_time=5),
+        EncodedImages(folder, tokenizer, helpers.SIZE, 0, ALONE.device),
+    ]
+    first, *others = [list(source.batches(iter(PLAN))) for source in sources]
+    assert len(first) == 2 and all(same(other, first) for other in others)
+
+
+def test_training_from_images_equals_training_from_their_cache(tmp_path):
+    """Including mirrored views, to the rounding of the log."""
+    finished(call("lpd", *train_flags(tmp_path, **from_images())))
+    runs = (tmp_path, helpers.trained())
+    losses, expected = ([line["loss"] for line in read_metrics(run)] for run in runs)
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_resident_tokens_hold_large_codes_and_refuse_a_damaged_cache(tmp_path):
+    tokens = np.tile(np.array([0, 32767, 32768, 49999]), (5, 2, 1))
+    resident = ResidentTokens(TokenCache(helpers.write_cache(tmp_path / "a", tokens)), ALONE.device)
+    ((batch, _),) = resident.batches([(np.array([0]), np.array([1]))])
+    assert batch.tolist() == [[0, 32767, 32768, 49999]]
+    damaged = TokenCache(helpers.write_cache(tmp_path / "b", tokens + 1))
+    with pytest.raises(DamagedCache, match="50000"):
+        ResidentTokens(damaged, ALONE.device)
+
+
+@pytest.mark.parametrize("free, expected", [(8 * 18 * 2 * 16, True), (8 * 18 * 2 * 16 - 1, False)])
+def test_tokens_fit_a_device_with_four_times_their_size_free(monkeypatch, free, expected):
+    """18 images in 2 views of 16 tokens of 2 bytes."""
+    monkeypatch.setattr("engine.data.free_memory", lambda device: free)
+    assert fits(TokenCache(helpers.token_cache()), ALONE.device) is expected
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("missing", ["model", "optimizer", "ema", "step", "train_config"])
+def test_checkpoint_without_one_of_its_parts_is_refused_by_name(tmp_path, missing):
+    state = new_state(CONFIG, ALONE.device)
+    checkpoint = checkpoint_of(state, {}, ema={})
+    del checkpoint[missing]
+    save_checkpoint(tmp_path / "cut.pth", checkpoint)
+    with pytest.raises(ValueError, match=f"cut.pth: no checkpoint of this training, {missing} is missing"):
+        state.load(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("shape, words", [((3,), r"has shape \[3\]"), ((1, 1, 64), "is not finite")])
+def test_checkpoint_with_wrong_weights_is_refused_by_name(tmp_path, shape, words):
+    state = new_state(CONFIG, ALONE.device)
+    checkpoint = checkpoint_of(state, {}, ema={})
+    checkpoint["model"]["mask_token"] = torch.full(shape, np.nan)
+    save_checkpoint(tmp_path / "other.pth", checkpoint)
+    with pytest.raises(ValueError, match=f"other.pth: mask_token {words}"):
+        state.load(tmp_path / "other.pth")
+
+
+def save_twice(path):
+    """A LAST of step 2 and a PREVIOUS of step 1."""
+    for step in (1, 2):
+        weights = {"w": torch.full((10000,), float(step))}
+        save_checkpoint(path, {"step": step, "model": weights, "train_config": {"seed": 0}})
+
+
+def damage(path, how):
+    """Write a checkpoint's bytes back truncated, with one bit turned in the middle of a tensor, or not at
+    all."""
+    data = bytearray(path.read_bytes())
+    if how == "one bit":
+        data[len(data) // 2] ^= 1
+    path.unlink()  # PREVIOUS may be the same file by another name
+    path.write_bytes(data if how == "one bit" else data[: len(data) // 2] if how == "truncated" else b"")
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "empty"])
+def test_previous_checkpoint_replaces_a_damaged_last_one_with_a_warning(how, tmp_path, capsys):
+    path = tmp_path / LAST
+    save_twice(path)
+    assert load_checkpoint(path, {"seed": 0}, ())["step"] == 2 and capsys.readouterr().err == ""
+    damage(path, how)
+    assert load_checkpoint(path, {"seed": 0}, ())["step"] == 1
+    message = capsys.readouterr().err
+    assert str(path) in message and f"resuming from {tmp_path / PREVIOUS}" in message
+    damage(tmp_path / PREVIOUS, how)
+    with pytest.raises(ValueError, match=PREVIOUS):
+        load_checkpoint(path, {"seed": 0}, ())
+
+
+def test_save_on_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save_checkpoint(tmp_path / LAST, {"step": 1})
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / LAST, {"step": 2})
+    assert contents(tmp_path) == before
+
+
+def test_save_that_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path):
+    """A function cannot be pickled, which torch.save notices after it began to write."""
+    save_checkpoint(tmp_path / LAST, {"step": 1})
+    before = contents(tmp_path)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(tmp_path / LAST, {"w": torch.zeros(10000), "bad": lambda: None})
+    assert contents(tmp_path) == before
+
+
+def test_same_checkpoint_is_the_same_bytes_whoever_writes_it(tmp_path, monkeypatch):
+    """Killed and repeated runs are compared byte by byte."""
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        save_checkpoint(tmp_path / f"{pid}.pth", {"w": torch.ones(3)})
+    assert (tmp_path / "1.pth").read_bytes() == (tmp_path / "2.pth").read_bytes()

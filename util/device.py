@@ -1,0 +1,135 @@
+"""Devices: which one to use, moving tensors, timing, and CUDA graphs. Device names are chosen only here."""
+
+import time
+
+import torch
+
+
+def choose_device(name="auto", local_rank=0):
+    """A torch device by name; auto takes a GPU if there is one.
+
+    Raises:
+        ValueError: the named device is not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, mps")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA GPU is available here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: no such GPU is available here")
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        name = f"cuda:{local_rank}"
+    if kind == "cuda":
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def is_cuda(device):
+    """Whether the device is a CUDA GPU."""
+    return device.type == "cuda"
+
+
+def to_device(tensor, device):
+    """The tensor on a device, without waiting for a CUDA GPU to take it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def synchronize(device):
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device):
+    """A CUDA GPU's model, else the device type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_memory(device):
+    """Free bytes of the device's own memory; 0 if unknown."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def peak_memory(device):
+    """Most bytes of the device's own memory that this process's tensors took so far; 0 if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+class _ClockEvent:
+    """The interface of `torch.cuda.Event` by the clock."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        synchronize(self.device)
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1000 * (end.time - self.time)
+
+
+def timing_event(device):
+    """An event with `record()` and `elapsed_time(end)` in milliseconds. On a CUDA GPU nothing waits: call
+    `synchronize` before reading times."""
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else _ClockEvent(device)
+
+
+class AsyncScalar:
+    """A number on a device, copied to the host in the background; `get()` waits for it if need be. The tensor
+    must not be written to meanwhile."""
+
+    def __init__(self, tensor):
+        self._value, self._event = tensor.to("cpu", non_blocking=tensor.is_cuda), None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self):
+        if self._event:
+            self._event.synchronize()
+        return self._value.item()
+
+
+class GraphCapture:
+    """Turns functions without arguments into replays of themselves; all graphs share one memory pool.
+
+    On a CUDA GPU `capture(function)` warms the function up, records it as a CUDA graph, and returns a
+    callable that replays the graph and returns the recorded output tensor. The next replay from this pool may
+    overwrite that tensor: clone it first. The function must not wait for the device, and the tensors it reads
+    must keep their addresses. On other devices the function itself is returned.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, function):
+        if self.pool is None:
+            return function
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries choose kernels and allocate workspaces
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": NCCL's own thread queries events meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = function()
+
+        def replay():
+            graph.replay()
+            return output
+
+        return replay

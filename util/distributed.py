@@ -1,0 +1,142 @@
+"""Processes: torchrun's environment, collectives, and the signals that ask a run to stop.
+
+Everything works alike for a single process without torchrun.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from util.device import choose_device
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def init(device_name="auto"):
+    """Join the processes that torchrun started, if any, and choose the device. Returns the World."""
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if not torch.distributed.is_initialized():
+        # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def finish():
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier():
+    """Wait for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def all_sum(tensor):
+    """Sum a tensor over all processes, in place; returns it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value):
+    """The list of every process's value, by rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def warn(message):
+    """Print a line to stderr, once among all processes."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Agreement:
+    """The largest number that any process passes, known to all one call later, so that no step waits for it.
+
+    Every process must call it equally often. The first call returns 0; a single process gets its own number
+    back at once.
+    """
+
+    def __init__(self):
+        self._pending = None
+
+    def __call__(self, number):
+        if not torch.distributed.is_initialized():
+            return number
+        previous, largest = self._pending, torch.tensor(number)
+        work = torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending = work, largest
+        if previous is None:
+            return 0
+        previous[0].wait()
+        return previous[1].item()
+
+
+def is_peer_failure(error):
+    """Whether an error only says that another process is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+class Stopped(Exception):
+    """A run ended early and in good order because a signal asked for it."""
+
+    def __init__(self, number, message):
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.status = 128 + number  # the exit status a shell reports
+
+
+class StopRequest:
+    """Inside it a stop signal is noted instead of ending the process: `number` is the first one's, or 0.
+
+    A second Ctrl-C interrupts at once. To be entered by the main thread.
+    """
+
+    def __enter__(self):
+        self.number = 0
+        self._previous = {each: signal.signal(each, self._note) for each in STOP_SIGNALS}
+        return self
+
+    def _note(self, number, frame):
+        if number == self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+    def __exit__(self, kind, error, trace):
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
+        if self.number and is_peer_failure(error):  # the launcher stops us because a peer failed: stay silent
+            signal.raise_signal(self.number)
+
+
+def ignore_stop_signals(*_):
+    """Leave the stop signals to the parent process; for worker processes."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
