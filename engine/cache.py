@@ -92,12 +92,12 @@ def _write(writer, shard, tokens, labels, names):
     writer.write_shard(shard, np.concatenate(parts), labels, names)
 
 
-def differing_share(tokenizer, reference, folder, img_size, device, *, sample=64, batch_size=16):
+def differing_share(tokenizer, reference, folder, img_size, device, *, sample=64):
     """The share of tokens in which two tokenizers differ, and on how many images: `sample` at most, evenly
     taken from the folder, both views of each."""
     indices = np.unique(np.linspace(0, len(folder) - 1, sample).astype(int))
     differing = images = 0
-    for items in image_loader(folder, img_size, in_order(indices, batch_size), num_workers=0):
+    for items in image_loader(folder, img_size, in_order(indices, 16), num_workers=0):
         good = [image for _, image in items if not isinstance(image, str)]
         if good:
             a, b = (encode_views(model, good, device) for model in (tokenizer, reference))

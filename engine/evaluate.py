@@ -257,11 +257,12 @@ def write_result(spec, files, num_classes, processes):
         images = (map_array(files.chunk(chunk), "images") for chunk in range(files.num_chunks))
         labels = balanced_label(np.arange(spec.num_images), spec.num_images, num_classes)
         save_image_npz(spec.sink.npz, images, labels)
-    write_json(files.result, {
+    result = {
         **spec.protocol, "warnings": warnings(spec.num_images, num_classes), "metrics": values,
         "seconds": {phase: round(float(value), 3) for phase, value in seconds.items()},
         "processes": processes,
-    })
+    }
+    write_json(files.result, result)
 
 
 def warnings(num_images, num_classes):

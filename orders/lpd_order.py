@@ -16,13 +16,13 @@ from orders.schedule import check_group_sizes
 ORDER_KINDS = ("lpd", "raster", "random", "halton")
 LARGEST_GRID = 128  # the tables of a grid take 6 L**2 bytes
 CELLS_PER_CHUNK = 1 << 16  # so that the arrays of one chunk fit in an L2 cache
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
 
 # A cell with a generated neighbours beside it and b across a corner has the score a + b / sqrt 2. The integer
 # 7 a + 5 b ranks the 25 cases alike, as no ratio of integers up to 4 lies between 5 / 7 and 1 / sqrt 2.
 BESIDE, ACROSS = 7, 5
-HIGHEST_RANK = 1 + 4 * BESIDE + 4 * ACROSS  # ranks of free cells start at 1; a generated cell has 0
+HIGHEST_RANK = 1 + 4 * BESIDE + 4 * ACROSS  # of a free cell, from 1; a generated cell has rank 0
 SCORE_TIE_BITS = 32 - (HIGHEST_RANK + 1).bit_length()
-ALL_BITS = np.uint32(2**32 - 1)
 
 
 def make_orders(kind, n, group_sizes, grid_size, *, seed=0, image_ids=None, known=None, **thresholds):
@@ -89,7 +89,7 @@ def lpd_orders(
     A group first takes near cells (score: sum of 1 / distance over the generated ones of the 8 neighbours;
     near: at least `proximity_threshold`) by falling score, each farther from those it has (Chebyshev) than
     `repulsion_threshold`; the rest comes by farthest-point sampling. All ties are broken at random. Row i
-    depends on (seed, image_ids[i]) alone; `image_ids` [n] are >= 0, by default 0..n-1. Raises ValueError for
+    depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0..n-1 by default. Raises ValueError for
     anything out of range, and for group sizes that do not start with 1 or do not sum to L - k.
     """
     group_sizes, known = _check_known(known, n, group_sizes, grid_size)
@@ -126,7 +126,7 @@ def _rules(grid_size, proximity_threshold, repulsion_threshold):
 
     y, x = np.divmod(np.arange(grid_size**2), grid_size)
     dy, dx = (np.abs(coordinate[:, None] - coordinate) for coordinate in (y, x))  # [L, L]
-    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, ALL_BITS, np.uint32(0))
+    apart = np.where(np.maximum(dy, dx) > repulsion_threshold, np.uint32(2**32 - 1), np.uint32(0))
     unreached = 2 * (grid_size - 1) ** 2 + 1
     distance = (dy**2 + dx**2).astype(np.min_scalar_type(unreached))
     return _Rules(grid_size, least_near, apart, distance, unreached)
@@ -143,9 +143,9 @@ def _grow(keys, group_sizes, rules, known):
     for group, size in enumerate(group_sizes):
         # the low half of the bits breaks ties of score, the high half ties of distance
         bits = _random_bits(keys, group * num_tokens, num_tokens, workspace)
-        ranks = _ranks(generated, rules.grid_size)
-        near = ranks.astype(np.uint32)
-        near <<= SCORE_TIE_BITS
+        beside, across = count_neighbours(generated, rules.grid_size)
+        ranks = (1 + BESIDE * beside + ACROSS * across) * (1 - generated)
+        near = ranks.astype(np.uint32) << np.uint32(SCORE_TIE_BITS)
         near |= bits.astype(np.uint32) >> np.uint32(32 - SCORE_TIE_BITS)
         picks, taken = _take_near(near, size, rules)
         rows = np.argsort(taken, kind="stable")
@@ -159,15 +159,15 @@ def _grow(keys, group_sizes, rules, known):
     return order
 
 
-def _ranks(generated, grid_size):
-    """The rank by score of every free cell, 1 to HIGHEST_RANK, and 0 for generated ones: uint8 [n, L]."""
+def count_neighbours(generated, grid_size):
+    """How many generated neighbours each cell has beside it, and how many across a corner, uint8 [n, L] both,
+    from `generated` uint8 [n, L]: 1 where a cell is generated, else 0."""
     padded = np.pad(generated.reshape(-1, grid_size, grid_size), ((0, 0), (1, 1), (1, 1)))
     middle = padded[:, 1:-1]
     vertical = padded[:, :-2] + padded[:, 2:]
     beside = vertical[:, :, 1:-1] + middle[:, :, :-2] + middle[:, :, 2:]
     across = vertical[:, :, :-2] + vertical[:, :, 2:]
-    ranks = (1 + BESIDE * beside + ACROSS * across) * (1 - middle[:, :, 1:-1])
-    return ranks.reshape(generated.shape)
+    return beside.reshape(generated.shape), across.reshape(generated.shape)
 
 
 def _take_near(near, size, rules):
@@ -178,12 +178,12 @@ def _take_near(near, size, rules):
     """
     picks = np.zeros((size, len(near)), np.int64)
     keys = np.zeros((size, len(near)), np.uint32)
-    row_starts = np.arange(len(near)) * near.shape[1]
+    rows = np.arange(len(near))
     for i in range(size):
         if i:
             near &= rules.apart[picks[i - 1]]
         near.argmax(axis=1, out=picks[i])
-        near.take(row_starts + picks[i], out=keys[i], mode="clip")
+        keys[i] = near[rows, picks[i]]
         if keys[i].max() < rules.least_near:
             break
     return picks, (keys >= rules.least_near).sum(axis=0)
@@ -213,14 +213,10 @@ def _take_farthest(picks, taken, free, tie, rules):
 @functools.lru_cache(maxsize=4)
 def _halton_visit(grid_size):
     """Raster positions int64 [L] as the Halton points, base 2 down and base 3 across, first reach them."""
-    num_tokens = grid_size**2
-    count = 8 * num_tokens  # usually enough points to reach every cell
-    while True:
-        y, x = ((_radical_inverse(count, base) * grid_size).astype(np.int64) for base in (2, 3))
-        positions, first = np.unique(y * grid_size + x, return_index=True)
-        if len(positions) == num_tokens:
-            return positions[first.argsort()]
-        count *= 2
+    count = 8 * grid_size**2  # 5 L points reach every cell of all grids up to LARGEST_GRID
+    y, x = ((_radical_inverse(count, base) * grid_size).astype(np.int64) for base in (2, 3))
+    positions, first = np.unique(y * grid_size + x, return_index=True)
+    return positions[first.argsort()]
 
 
 def _radical_inverse(count, base):
@@ -241,18 +237,15 @@ def _num_tokens(grid_size):
 
 def _check_known(known, n, group_sizes, grid_size):
     """The checked group sizes of the cells that are not known, and the known cells as bool [n, L]."""
-    num_tokens = _num_tokens(grid_size)
-    known = np.zeros(num_tokens, bool) if known is None else np.asarray(known)
-    if known.dtype != bool or known.shape not in ((num_tokens,), (n, num_tokens)):
-        raise ValueError(
-            f"known cells must be bool [{num_tokens}] or [{n}, {num_tokens}], "
-            f"not {known.dtype} {list(known.shape)}"
-        )
+    L = _num_tokens(grid_size)
+    known = np.zeros(L, bool) if known is None else np.asarray(known)
+    if known.dtype != bool or known.shape not in ((L,), (n, L)):
+        found = f"{known.dtype} {list(known.shape)}"
+        raise ValueError(f"known cells must be bool [{L}] or [{n}, {L}], not {found}")
     counts = np.unique(known.sum(axis=-1)).tolist() or [0]
     if len(counts) > 1:
         raise ValueError(f"known cells must be equally many in each image, not {counts[0]} to {counts[-1]}")
-    group_sizes = check_group_sizes(group_sizes, num_tokens - counts[0])
-    return group_sizes, np.broadcast_to(known, (n, num_tokens))
+    return check_group_sizes(group_sizes, L - counts[0]), np.broadcast_to(known, (n, L))
 
 
 def _chunks(n, num_tokens, seed, image_ids):
@@ -260,17 +253,12 @@ def _chunks(n, num_tokens, seed, image_ids):
     ids = np.arange(n) if image_ids is None else np.asarray(image_ids)
     if ids.shape != (n,):
         raise ValueError(f"image_ids must be {n} numbers, not of shape {ids.shape}")
-    if n and ids.min() < 0:
-        raise ValueError(f"image_ids must be 0 or more, not {ids.min()}")
     stream = _random_bits(np.array([seed % 2**64], np.uint64), 0, 1)[0]
     keys = _random_bits(stream + ids.astype(np.uint64) * GOLDEN, 0, 1)[:, 0]
     step = max(1, CELLS_PER_CHUNK // num_tokens)
     for start in range(0, n, step):
         rows = slice(start, min(n, start + step))
         yield rows, keys[rows]
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
 
 
 def _random_bits(keys, first, count, workspace=None):

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from orders.lpd_order import halton_orders, random_orders
+from orders.lpd_order import count_neighbours, halton_orders, random_orders
 from orders.order_file import load_orders, meta_path
 from orders.run_lpd_order import add_schedule_flags, schedule_of
 from util import cli
 from util.files import atomic, read_json
 
-NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 ORDERS_MEASURED = 1000  # enough for smooth curves
 
 
@@ -26,38 +25,28 @@ def steps_of_cells(orders, group_sizes):
 def step_statistics(orders, group_sizes, grid_size):
     """(mean score, least distance) of the cells that each order takes at each step, float64 [n, G] both.
 
-    The score of a cell is the sum of 1 / distance over those of its 8 neighbours that an earlier group has; the
-    least Euclidean distance within a group is nan for a group of one.
+    The score of a cell is the sum of 1 / distance over those of its 8 neighbours that earlier groups have. The
+    distance within a group is Euclidean, nan for a group of one.
     """
-    scores = _scores(orders, group_sizes, grid_size)
-    y, x = np.divmod(orders.astype(np.int64), grid_size)
-    mean_score = np.empty((len(orders), len(group_sizes)))
-    least_distance = np.full_like(mean_score, np.nan)
+    scores, distances = np.full((2, len(orders), len(group_sizes)), np.nan)
+    generated = np.zeros(orders.shape, np.uint8)
     start = 0
     for group, size in enumerate(group_sizes):
-        slots = slice(start, start + size)
-        mean_score[:, group] = scores[:, slots].mean(axis=1)
+        cells = orders[:, start : start + size].astype(np.int64)
+        beside, across = count_neighbours(generated, grid_size)
+        scores[:, group] = np.take_along_axis(beside + across / math.sqrt(2), cells, axis=1).mean(axis=1)
         if size > 1:
-            a, b = start + np.array(np.triu_indices(size, 1))  # all pairs of the group
-            least_distance[:, group] = np.hypot(y[:, a] - y[:, b], x[:, a] - x[:, b]).min(axis=1)
+            y, x = np.divmod(cells, grid_size)
+            a, b = np.triu_indices(size, 1)  # all pairs of the group
+            distances[:, group] = np.hypot(y[:, a] - y[:, b], x[:, a] - x[:, b]).min(axis=1)
+        np.put_along_axis(generated, cells, 1, axis=1)
         start += size
-    return mean_score, least_distance
-
-
-def _scores(orders, group_sizes, grid_size):
-    """The proximity score of the cell of each slot when its group begins: float64 [n, L]."""
-    steps = steps_of_cells(orders, group_sizes).reshape(-1, grid_size, grid_size)
-    padded = np.pad(steps, ((0, 0), (1, 1), (1, 1)), constant_values=len(group_sizes))
-    scores = np.zeros(steps.shape)
-    for dy, dx in NEIGHBOURS:
-        neighbour = padded[:, 1 + dy : 1 + dy + grid_size, 1 + dx : 1 + dx + grid_size]
-        scores += (neighbour < steps) / np.hypot(dy, dx)
-    return np.take_along_axis(scores.reshape(orders.shape), orders.astype(np.int64), axis=1)
+    return scores, distances
 
 
 def draw(orders, group_sizes, index, name):
-    """A matplotlib figure of `orders` uint16 [n, L], called `name`: the step of each cell in order `index`, its
-    mean over all, and, against random and Halton orders, the mean score and the least distance of each step."""
+    """A matplotlib figure of `orders` uint16 [n, L]: the step of each cell, in order `index` and on average,
+    and, against random and Halton orders, the mean score and the least distance of each step."""
     from matplotlib.figure import Figure
 
     grid_size = math.isqrt(orders.shape[1])
@@ -108,12 +97,11 @@ def _group_sizes(args):
     if args.generation_steps or args.group_sizes:
         return schedule_of(args)[1]
     settings = meta_path(args.file)
-    if not settings.is_file():
-        raise cli.UsageError(f"--generation_steps or --group_sizes is needed: there is no {settings}")
     try:
         return tuple(read_json(settings)["group_sizes"])
-    except (KeyError, TypeError):
-        raise cli.UsageError(f"{settings} has no group sizes: give --group_sizes") from None
+    except (OSError, KeyError, TypeError):
+        message = f"--generation_steps or --group_sizes is needed: {settings} has no group sizes"
+        raise cli.UsageError(message) from None
 
 
 def main(argv=None):

@@ -1,8 +1,6 @@
-"""Write a file of generation orders: `python orders/run_lpd_order.py --output_file orders.npy`.
+"""Write a file of generation orders: `python orders/run_lpd_order.py --output_file orders.npy`."""
 
-The processes share the work by image ids, so their number does not change the orders.
-"""
-
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -30,7 +28,7 @@ def flags():
     add("--order", choices=ORDER_KINDS, default="lpd", help="kind of order")
     add_schedule_flags(parser, "20")
     add("--proximity_threshold", type=cli.number(float, 0), default=1.0, help="least score of a near cell")
-    add("--repulsion_threshold", type=cli.number(float, 0), default=1.0, help="distance of near cells exceeds it")
+    add("--repulsion_threshold", type=cli.number(float, 0), default=1.0, help="near cells are farther apart")
     add("--num_runs", type=cli.number(int, 1), default=60000, help="number of orders")
     add("--seed", type=cli.number(int, 0), default=0, help="order i depends on the seed and i alone")
     add("--max_workers", type=cli.number(int, 1), default=os.cpu_count(), help="processes")
@@ -40,11 +38,11 @@ def flags():
 
 
 def add_schedule_flags(parser, default):
-    """The flags that `schedule_of` reads; `default` describes the schedule when none is given."""
+    """The flags that `schedule_of` reads; `default` describes that of --generation_steps."""
     add = parser.add_argument
     add("--img_size", type=cli.number(int, 1), default=256, help="side of the image in pixels")
     add("--vqgan_stride", type=cli.number(int, 1), default=16, help="side of a token in pixels")
-    add("--generation_steps", type=cli.number(int, 1), help=f"steps of the cosine schedule; default: {default}")
+    add("--generation_steps", type=cli.number(int, 1), help=f"of the cosine schedule; default: {default}")
     add("--group_sizes", type=int, nargs="+", help="tokens of each step, instead of --generation_steps")
 
 
@@ -59,28 +57,34 @@ def schedule_of(args):
     if sizes and steps not in (None, len(sizes)):
         raise cli.UsageError(f"--group_sizes has {len(sizes)} steps, --generation_steps is {steps}")
     with cli.checking("--group_sizes: " if sizes else "--generation_steps: "):
-        return grid_size, check_group_sizes(sizes or cosine_group_sizes(grid_size**2, steps or 20), grid_size**2)
+        sizes = sizes or cosine_group_sizes(grid_size**2, steps or 20)
+        return grid_size, check_group_sizes(sizes, grid_size**2)
 
 
-def is_complete(path, settings, meta):
-    """Whether a file has the orders of these settings, judged by `meta`, their number and the first ones."""
-    try:
-        found = load_orders(path, settings["grid_size"] ** 2)
-        same = path.suffix == ".json" or read_json(meta_path(path)) == meta
-    except (ValueError, OSError):
+def is_done(path, settings, meta, overwrite):
+    """Whether an earlier run completed this file; UsageError if it has other content or cannot be written."""
+    with cli.checking("--output_file "):
+        check_suffix(path)
+    cli.writable_folder("--output_file", path.parent)
+    if overwrite or not path.exists():
         return False
-    first = make_orders(n=min(len(found), FIRST_ORDERS), **settings)
-    return same and len(found) == meta["num_orders"] and np.array_equal(found[: len(first)], first)
+    with contextlib.suppress(ValueError, OSError):
+        found = load_orders(path, settings["grid_size"] ** 2)
+        first = make_orders(n=min(len(found), FIRST_ORDERS), **settings)
+        same_settings = path.suffix == ".json" or read_json(meta_path(path)) == meta
+        if same_settings and len(found) == meta["num_orders"] and np.array_equal(found[: len(first)], first):
+            return True
+    raise cli.UsageError(f"--output_file {path} exists: give another name or --overwrite")
 
 
 def generate_orders(num_orders, workers, settings):
     """Yield the orders of images 0 to `num_orders` - 1 in batches uint16 [b, L], made by `workers` processes.
 
-    `settings` are the arguments of `make_orders` except `n` and `image_ids`. Threads would not help: NumPy's
-    calls are so short here that they would spend their time on the interpreter's lock.
+    `settings` are the arguments of `make_orders` except `n` and `image_ids`. Threads would be no faster than
+    one: NumPy's calls are so short here that they would wait for the interpreter's lock.
     """
-    step = max(1, CELLS_PER_BATCH // settings["grid_size"] ** 2)
-    batches = [np.arange(first, min(first + step, num_orders)) for first in range(0, num_orders, step)]
+    num_batches = num_orders * settings["grid_size"] ** 2 // CELLS_PER_BATCH + 1
+    batches = np.array_split(np.arange(num_orders), min(num_batches, num_orders))
     context = multiprocessing.get_context("fork")  # spawned workers would import torch with this program
     pool = ProcessPoolExecutor(min(workers, len(batches)), context, _follow_parent)
     try:
@@ -109,16 +113,8 @@ def main(argv=None):
         "seed": args.seed,
     }
     meta = {**settings, "num_orders": args.num_runs, "image_size": args.img_size}
-    missing = []
-    for path in args.output_file:
-        with cli.checking("--output_file "):
-            check_suffix(path)
-        cli.writable_folder("--output_file", path.parent)
-        if not path.exists() or (args.overwrite and path.is_file()):
-            missing.append(path)
-        elif not is_complete(path, settings, meta):
-            raise cli.UsageError(f"--output_file {path} exists: give another name or --overwrite")
-    if not missing:
+    paths = [path for path in args.output_file if not is_done(path, settings, meta, args.overwrite)]
+    if not paths:
         print(f"complete already: {' '.join(map(str, args.output_file))}")
         return
     batches = []
@@ -126,7 +122,7 @@ def main(argv=None):
         for batch in generate_orders(args.num_runs, args.max_workers, settings):
             batches.append(batch)
             progress.update(len(batch))
-    for path in missing:
+    for path in paths:
         save_orders(path, np.concatenate(batches), meta)
         print(f"{path}: {args.num_runs} orders, {len(group_sizes)} steps of {args.order}")
 

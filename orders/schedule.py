@@ -36,13 +36,10 @@ def cosine_group_sizes(num_tokens, steps):
 def check_group_sizes(group_sizes, num_tokens):
     """`group_sizes` as a tuple of ints; ValueError unless positive, starting with 1, of sum `num_tokens`."""
     sizes = tuple(int(size) for size in group_sizes)
-    if not sizes:
-        raise ValueError(f"group sizes are empty, but must sum to {num_tokens}")
-    for group, size in enumerate(sizes):
-        if size < 1:
-            raise ValueError(f"group sizes must be 1 or more, but number {group} of {len(sizes)} is {size}")
-    if sizes[0] != 1:
-        raise ValueError(f"group sizes must start with 1, not {sizes[0]}")
+    if not sizes or sizes[0] != 1:
+        raise ValueError(f"group sizes must start with 1, not {sizes[0] if sizes else 'be empty'}")
+    if min(sizes) < 1:
+        raise ValueError(f"group sizes must be 1 or more, not {min(sizes)}")
     if sum(sizes) != num_tokens:
         raise ValueError(f"group sizes sum to {sum(sizes)}, but there are {num_tokens} tokens")
     return sizes
@@ -54,8 +51,6 @@ def training_steps(num_tokens):
     The published lists for 256 and 1024 tokens. For another L, the list of 256 scaled by L / 256 and rounded,
     without those below 4; L itself (one token at a time) is always included.
     """
-    if num_tokens < 1:
-        raise ValueError(f"the number of tokens must be 1 or more, not {num_tokens}")
     if num_tokens == 1024:
         return TRAINING_STEPS_1024
     scaled = (round(steps * num_tokens / 256) for steps in TRAINING_STEPS_256)

@@ -131,7 +131,7 @@ def contents(folder):
 def picture(path):
     """A picture file as uint8 [H, W, 3]; reading it proves that it is complete."""
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 class Marks:

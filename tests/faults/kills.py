@@ -1,15 +1,15 @@
 """kill -9 at random moments: a program started again by the same command ends as if nothing had happened.
 
-    python tests/faults/kills.py --kills 30 --seed 0
+    PYTHONPATH=tests python tests/faults/kills.py --kills 30 --seed 0
 
-Each of the programs below does a small real job once undisturbed, then again and again in new folders,
-killed after a random part of its time and started again. What it leaves, left-overs and hidden files
-included, must be the same bytes; of records only the seconds may differ, of checkpoints only how a tensor
-lies in memory. fp32, on the CPU. The jobs are forked, so a kill falls into the work and not into imports.
+Each job runs once undisturbed, then again and again in new folders, killed at a random moment and started
+again. What it leaves, hidden files included, must be the same bytes, apart from recorded durations and how
+tensors of a checkpoint lie in memory. Jobs are forked, so that kills hit the work and not the imports.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -20,53 +20,42 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+import torch
+from helpers import cache_flags, contents, evaluate_flags, tokenizer_flags, train_flags
 
-import programs  # noqa: E402
-import torch  # noqa: E402
-from programs import ON_CPU, cache_flags, contents, evaluate_flags, train_flags  # noqa: E402
+from models.weights import read_pth
+from util import cli
+from util.files import value_digest
 
-from engine.checkpoint import load_checkpoint  # noqa: E402
-from util.files import value_digest  # noqa: E402
-
-# Of records: what tells how long a run took.
-TIMES = ("seconds", "images_per_s")
+DURATIONS = ("seconds", "images_per_s")
 
 
 def order_flags(folder):
-    """The command line of orders/run_lpd_order.py: 1,500 orders of 8x8 cells as `.npy` and `.json`."""
+    """1,500 orders of 8x8 cells as `.npy` and `.json`."""
     names = [folder / "orders.npy", folder / "orders.json"]
-    return ["--img_size", 128, "--generation_steps", 8, "--num_runs", 1500, "--max_workers", 1,
-            "--output_file", *names]  # fmt: skip
+    schedule = ["--img_size", 128, "--generation_steps", 8]
+    return [*schedule, "--num_runs", 1500, "--max_workers", 1, "--output_file", *names]
 
 
-def tokenizer_flags(folder):
-    """The command line of main_tokenizer.py: 27 steps with a checkpoint every second."""
-    return ["--data_path", programs.images(), "--img_size", programs.SIZE, "--vocab_size", 64,
-            "--base_width", 32, "--multipliers", 1, 2, "--num_res_blocks", 1, "--z_channels", 32,
-            "--batch_size", 4, "--epochs", 6, "--save_every", 2, "--output_dir", folder, *ON_CPU]  # fmt: skip
+def evaluation_flags(folder):
+    small = {"num_images": 12, "eval_bsz": 1, "cfg": 2.0, "features": "efficientnet_lite0"}
+    return evaluate_flags(folder, save_npz=folder / "images.npz", **small)
 
 
 JOBS = {
     "orders": ("orders.run_lpd_order", order_flags),
     "caching": ("main_cache", lambda folder: cache_flags(folder, batch_size=2, shard_size=3)),
-    "tokenizer": ("main_tokenizer", tokenizer_flags),
+    "tokenizer": ("main_tokenizer", lambda folder: tokenizer_flags(folder, epochs=9, save_every=2)),
     "training": ("main_lpd", lambda folder: train_flags(folder, save_last_freq=0.25, ema=0.9)),
-    "evaluation": (
-        "main_lpd",
-        lambda folder: evaluate_flags(
-            folder, num_images=12, eval_bsz=1, cfg=2.0, features="efficientnet_lite0",
-            save_npz=folder / "images.npz",
-        ),
-    ),
-}  # fmt: skip
+    "evaluation": ("main_lpd", evaluation_flags),
+}
 
 
 def start(job, folder):
     """Fork a process that runs the job's command; its output goes to FOLDER.log. Returns its pid."""
     module, flags = JOBS[job]
     argv = [str(word) for word in flags(folder)]
-    main = __import__(module, fromlist=["main"]).main
+    main = importlib.import_module(module).main
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -77,7 +66,7 @@ def start(job, folder):
         log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        status = main(argv) if module.startswith("orders") else programs.cli.run(lambda: main(argv))
+        status = cli.run(lambda: main(argv))
     except SystemExit as end:
         status = end.code
     finally:
@@ -88,11 +77,7 @@ def start(job, folder):
 
 
 def finish(job, folder):
-    """Run the job's command to its end; returns the seconds it took.
-
-    Raises:
-        RuntimeError: it failed; with what it printed.
-    """
+    """Run the job's command to its end, which must be a success; returns the seconds it took."""
     begun = time.monotonic()
     _, status = os.waitpid(start(job, folder), 0)
     if status:
@@ -101,7 +86,7 @@ def finish(job, folder):
 
 
 def killed(job, folder, seconds):
-    """Start the job's command and kill it after so many seconds; False if it was done before."""
+    """Start the job's command and kill it after `seconds`; False if it had finished."""
     pid = start(job, folder)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
@@ -109,68 +94,59 @@ def killed(job, folder, seconds):
     return os.WIFSIGNALED(status)
 
 
-def timeless(value, folder):
-    """A record without the fields of TIMES, and with this run's folder named alike for all runs."""
+def comparable(value, folder):
+    """A record or checkpoint as plain values, without durations and the name of this run's folder."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), list(value.shape), value.contiguous().numpy().tobytes().hex()]
     if isinstance(value, dict):
-        return {k: timeless(v, folder) for k, v in value.items() if k not in TIMES}
-    if isinstance(value, list):
-        return [timeless(v, folder) for v in value]
+        return {str(k): comparable(v, folder) for k, v in value.items() if k not in DURATIONS}
+    if isinstance(value, (list, tuple)):
+        return [comparable(v, folder) for v in value]
     return value.replace(str(folder), "FOLDER") if isinstance(value, str) else value
 
 
 def results(folder):
-    """Relative path -> digest of every file of a run; of JSON files, of what they say but for the times."""
+    """Relative path -> digest of every file of a run."""
     digests = contents(folder)
     for name in digests:
-        if name.endswith((".json", ".jsonl")) and "order" not in name:
-            text = (folder / name).read_text()
-            lines = text.splitlines() if name.endswith(".jsonl") else [text]
-            digests[name] = value_digest([timeless(json.loads(line), folder) for line in lines])
-        if name.endswith(".pth"):
-            digests[name] = value_digest(plain(load_checkpoint(folder / name)))
+        path, value = folder / name, None
+        if path.suffix == ".pth":
+            value = read_pth(path)
+        elif path.suffix in (".json", ".jsonl") and "order" not in name:
+            value = [json.loads(line) for line in path.read_text().replace("\n ", " ").splitlines()]
+        if value is not None:
+            digests[name] = value_digest(comparable(value, folder))
     return digests
-
-
-def plain(value):
-    """What a checkpoint says as plain values: of a tensor its bytes, not how they lie in memory."""
-    if isinstance(value, torch.Tensor):
-        return [str(value.dtype), list(value.shape), value.contiguous().numpy().tobytes().hex()]
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def survive(job, kills, seed, workspace):
     """Kill a job `kills` times, each time in a new folder, and start it again.
 
     Returns:
-        dict: kills that fell into the run; seconds of the undisturbed run.
+        seconds of the undisturbed run.
     Raises:
-        AssertionError: a run started again ended otherwise; names the kill and the files.
+        AssertionError: a run started again left other files; names the moment of the kill and the files.
     """
     plain = workspace / f"{job}-plain"
-    finish(job, plain)  # once to warm up: the first call in a process is slower
+    finish(job, plain)  # the first call in a process is slower
     shutil.rmtree(plain)
-    seconds = finish(job, plain)
-    expected, hits, tries, whole = results(plain), 0, 0, seconds
+    seconds = whole = finish(job, plain)
+    expected, hits, tries = results(plain), 0, 0
     while hits < kills:
-        if tries > 3 * kills + 5:
-            raise RuntimeError(f"{job}: only {hits} of {tries} kills fell into the run")
+        assert tries <= 3 * kills + 5, f"{job}: only {hits} of {tries} kills hit the run"
         moment = random.Random(f"{seed} {job} {tries}").uniform(0, seconds)
         folder = workspace / f"{job}-{tries}"
         if killed(job, folder, moment):
             hits += 1
         else:
-            seconds = moment  # it is quicker than it was undisturbed
+            seconds = moment  # it is faster than it was undisturbed
         finish(job, folder)
         found = results(folder)
         wrong = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
-        assert not wrong, (
-            f"{job}, killed after {moment:.3f} of {seconds:.3f} s (try {tries}): {sorted(wrong)}"
-        )
+        assert not wrong, f"{job}, killed after {moment:.3f} of {seconds:.3f} s: {sorted(wrong)}"
         shutil.rmtree(folder)
         tries += 1
-    return {"kills": hits, "seconds": round(whole, 2)}
+    return whole
 
 
 def main():
@@ -181,10 +157,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lpd-kills-") as workspace:
         for job in args.jobs:
-            report = survive(job, args.kills, args.seed, Path(workspace))
-            print(
-                f"{job}: {report['kills']} kills of a run of {report['seconds']} s, all survived", flush=True
-            )
+            seconds = survive(job, args.kills, args.seed, Path(workspace))
+            print(f"{job}: {args.kills} kills of a run of {seconds:.2f} s, all survived", flush=True)
 
 
 if __name__ == "__main__":

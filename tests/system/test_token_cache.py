@@ -40,25 +40,10 @@ def test_tokens_are_read_back_across_shards_in_any_order(small_cache, tokens):
         found = cache.tokens(indices, views)
         assert np.array_equal(found, tokens[indices, views]) and found.dtype == np.int64
     assert cache.labels.tolist() == [0, 0, 1, 1, 1] and len(cache) == 5
-
-
-def test_a_token_is_two_bytes_on_disk(small_cache, tokens):
-    shards = [np.load(small_cache / f"shard-0000{s}.tokens.npy") for s in range(3)]
-    assert all(shard.dtype == np.uint16 for shard in shards)
-    assert np.array_equal(np.concatenate(shards), tokens)
-
-
-@pytest.mark.parametrize("index,view", [(5, 0), (-1, 0), (0, 2), (0, -1)])
-def test_index_or_view_out_of_range_is_refused(small_cache, index, view):
-    with pytest.raises(IndexError, match="outside 0.."):
-        TokenCache(small_cache).tokens([0, index], [0, view])
-
-
-def test_cache_that_does_not_record_its_precision_is_fp32(small_cache):
-    values = json.loads((small_cache / "meta.json").read_text())
-    del values["precision"]
-    (small_cache / "meta.json").write_text(json.dumps(values))
-    assert TokenCache(small_cache).meta.precision == "fp32"
+    assert np.load(small_cache / "shard-00000.tokens.npy").dtype == np.uint16  # 49,999 is not negative
+    for index, view in ((5, 0), (-1, 0), (0, 2), (0, -1)):
+        with pytest.raises(IndexError, match="outside 0.."):
+            cache.tokens([0, index], [0, view])
 
 
 # Made by main_cache.
@@ -81,7 +66,6 @@ def test_cache_has_the_tokenizers_tokens_of_each_image_and_its_mirror_image():
     for view, pixels in ((0, image), (1, image[:, ::-1])):
         expected = encode_views(model, [pixels], torch.device("cpu"))[:, 0]
         assert np.array_equal(cache.tokens([8], [view]), expected)
-    assert not np.array_equal(cache.tokens([8], [0]), cache.tokens([8], [1]))
 
 
 def test_two_processes_make_the_same_cache_as_one(tmp_path):
@@ -123,7 +107,7 @@ def test_killed_run_started_again_encodes_only_the_missing_shards(tmp_path, monk
     assert sum(encoded) == TRAIN - 7  # the first shard of 7 was complete
     assert contents(tmp_path / "cache") == contents(helpers.token_cache())
     again = finished(call("cache", *cache_flags(tmp_path / "cache")))
-    assert "complete already: 18 images" in again.out and sum(encoded) == TRAIN - 7
+    assert "complete already: 18 images" in again.out
 
 
 @pytest.mark.parametrize(
@@ -166,12 +150,15 @@ def test_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "cache/meta.json").exists()
 
 
+UNREADABLE = ("00_bars/3.png", "02_rings/5.png")
+
+
 @pytest.fixture
 def damaged_images(tmp_path):
-    """A copy of the shared images in which two files, of the first and the last class, cannot be read."""
+    """A copy of the shared images in which two files cannot be read."""
     shutil.copytree(helpers.images(), tmp_path / "images")
-    (tmp_path / "images/train/00_bars/3.png").write_bytes(b"no picture")
-    (tmp_path / "images/train/02_rings/5.png").write_bytes(b"")
+    for name, content in zip(UNREADABLE, (b"no picture", b""), strict=True):
+        (tmp_path / "images/train" / name).write_bytes(content)
     return tmp_path / "images"
 
 
@@ -179,10 +166,9 @@ def test_unreadable_images_are_named_and_repairing_them_completes_the_cache(tmp_
     flags = cache_flags(tmp_path / "cache", data_path=damaged_images)
     outcome = call("cache", *flags)
     assert outcome.status == 1 and "Traceback" not in outcome.err
-    for words in ("00_bars/3.png", "02_rings/5.png", "error: 2 unreadable images"):
-        assert words in outcome.err
+    assert all(word in outcome.err for word in (*UNREADABLE, "error: 2 unreadable images"))
     assert not (tmp_path / "cache/meta.json").exists()
-    for name in ("00_bars/3.png", "02_rings/5.png"):
+    for name in UNREADABLE:
         shutil.copy(helpers.images() / "train" / name, damaged_images / "train" / name)
     finished(call("cache", *flags))
     assert contents(tmp_path / "cache") == contents(helpers.token_cache())
@@ -193,7 +179,7 @@ def test_images_skipped_on_request_are_listed_and_all_others_cached(tmp_path, da
     outcome = call("cache", *flags)
     assert outcome.status == 1 and "error: 2 unreadable images, left out" in outcome.err
     cache, whole = TokenCache(tmp_path / "cache"), TokenCache(helpers.token_cache())
-    assert cache.meta.unreadable == ("00_bars/3.png", "02_rings/5.png")
+    assert cache.meta.unreadable == UNREADABLE
     kept, ones = [i for i in range(TRAIN) if i not in (3, 17)], np.ones(16, int)
     assert np.array_equal(cache.labels, whole.labels[kept])
     assert np.array_equal(cache.tokens(np.arange(16), ones), whole.tokens(kept, ones))
@@ -235,10 +221,9 @@ def test_mar_folder_is_read_and_converted_as_the_same_tokens_and_labels(tmp_path
     [
         {"indices": np.zeros(16, int)},
         {"indices": np.zeros(9, int), "indices_flip": np.zeros(9, int)},
-        {"indices": np.zeros(16), "indices_flip": np.zeros(16)},
         {"indices": np.full(16, 64), "indices_flip": np.zeros(16, int)},
     ],
-    ids=["one view", "fewer tokens", "floats", "token too large"],
+    ids=["one view", "fewer tokens", "token too large"],
 )
 def test_damaged_mar_file_ends_the_conversion_by_name(tmp_path, mar_folder, arrays):
     np.savez(mar_folder / "02_rings/3.npz", **arrays)
@@ -261,12 +246,8 @@ def edit_meta(folder, **changes):
     (folder / "meta.json").write_text(json.dumps({**values, **changes}))
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-3])
-
-
 DAMAGE = {
-    "tokens truncated": (lambda f: truncate(f / "shard-00001.tokens.npy"), "shard-00001.tokens.npy"),
+    "tokens truncated": (lambda f: os.truncate(f / "shard-00001.tokens.npy", 140), "shard-00001.tokens.npy"),
     "labels missing": (lambda f: (f / "shard-00001.labels.npy").unlink(), "shard-00001.labels.npy"),
     "pickled labels": (
         lambda f: np.save(f / "shard-00000.labels.npy", np.array([print, 1], object)), "00000.labels.npy"),
@@ -276,8 +257,7 @@ DAMAGE = {
         lambda f: np.save(f / "shard-00000.tokens.npy", np.zeros((1, 2, 4), np.uint16)), "4 images"),
     "label too large": (
         lambda f: np.save(f / "shard-00000.labels.npy", np.array([0, 2], np.int32)), "outside 0..1"),
-    "meta truncated": (lambda f: truncate(f / "meta.json"), "meta.json"),
-    "meta without fields": (lambda f: (f / "meta.json").write_text("{}"), "meta.json"),
+    "meta truncated": (lambda f: os.truncate(f / "meta.json", 99), "meta.json"),
     "meta of another format": (lambda f: edit_meta(f, format=2), "format 2"),
     "number as text": (lambda f: edit_meta(f, num_images="5"), "num_images"),
 }
