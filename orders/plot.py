@@ -25,8 +25,8 @@ def steps_of_cells(orders, group_sizes):
 def step_statistics(orders, group_sizes, grid_size):
     """(mean score, least distance) of the cells that each order takes at each step, float64 [n, G] both.
 
-    The score of a cell is the sum of 1 / distance over those of its 8 neighbours that earlier groups have. The
-    distance within a group is Euclidean, nan for a group of one.
+    The score of a cell is the sum of 1 / distance over those of its 8 neighbours that earlier groups have. A
+    distance within the group is Euclidean, nan for a group of one.
     """
     scores, distances = np.full((2, len(orders), len(group_sizes)), np.nan)
     generated = np.zeros(orders.shape, np.uint8)

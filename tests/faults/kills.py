@@ -109,13 +109,13 @@ def results(folder):
     """Relative path -> digest of every file of a run."""
     digests = contents(folder)
     for name in digests:
-        path, value = folder / name, None
+        path = folder / name
         if path.suffix == ".pth":
-            value = read_pth(path)
+            digests[name] = value_digest(comparable(read_pth(path), folder))
         elif path.suffix in (".json", ".jsonl") and "order" not in name:
-            value = [json.loads(line) for line in path.read_text().replace("\n ", " ").splitlines()]
-        if value is not None:
-            digests[name] = value_digest(comparable(value, folder))
+            text = path.read_text()
+            records = text.splitlines() if path.suffix == ".jsonl" else [text]
+            digests[name] = value_digest([comparable(json.loads(text), folder) for text in records])
     return digests
 
 

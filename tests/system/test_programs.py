@@ -11,29 +11,27 @@ import torch
 from helpers import CLASSES, ON_CPU, SIZE, call, contents, finished, picture, sample_flags, train_flags
 from PIL import Image
 
-import engine.train_tokenizer
 from models.lpd import LPD
-from models.weights import read_pth, read_weights, save_weights
+from models.weights import read_pth, save_weights
 from util.logging import read_metrics
 
-KNOWN_FLAGS = """--model --img_size --vqgan_path --vqgan_stride --vqgan_vocab_size --pretrained_ckpt
-    --group_sizes_list --epochs --batch_size --lr --blr --min_lr --lr_schedule --warmup_epochs
-    --lr_decay_start_epoch --bf16 --weight_decay --grad_checkpointing --grad_clip --proj_dropout
-    --label_drop_prob --output_dir --resume --save_last_freq --save_intermediate_freq --device --seed --data_path
-    --use_cached --cached_path --class_num --num_workers --evaluate --online_eval --eval_freq --eval_bsz
-    --num_images --cfg --cfg_schedule --lpd_order_file --generation_steps --group_sizes --order --temperature
-    --top_k --top_p --use_wandb --wandb_project --wandb_run_name"""
+PUBLISHED_FLAGS = {
+    "lpd": """--model --img_size --vqgan_path --vqgan_stride --vqgan_vocab_size --pretrained_ckpt
+        --group_sizes_list --epochs --batch_size --lr --blr --min_lr --lr_schedule --warmup_epochs
+        --lr_decay_start_epoch --bf16 --weight_decay --grad_checkpointing --grad_clip --proj_dropout
+        --label_drop_prob --output_dir --resume --save_last_freq --save_intermediate_freq --device --seed
+        --data_path --use_cached --cached_path --class_num --num_workers --evaluate --online_eval --eval_freq
+        --eval_bsz --num_images --cfg --cfg_schedule --lpd_order_file --generation_steps --group_sizes --order
+        --temperature --top_k --top_p --use_wandb --wandb_project --wandb_run_name""",
+    "cache": """--img_size --vqgan_path --vqgan_vocab_size --batch_size --data_path --cached_path --device
+        --num_workers""",
+}
 
 
-@pytest.mark.parametrize(
-    "program, flags",
-    [
-        ("lpd", KNOWN_FLAGS),
-        ("cache", "--img_size --vqgan_path --vqgan_vocab_size --batch_size --data_path --cached_path --num_workers"),
-    ],
-)
-def test_flags_of_the_published_programs_are_accepted(program, flags):
-    assert set(flags.split()) <= set(re.findall(r"--\w+", finished(call(program, "--help")).out))
+@pytest.mark.parametrize("program", PUBLISHED_FLAGS)
+def test_flags_of_the_published_programs_are_accepted(program):
+    accepted = re.findall(r"--\w+", finished(call(program, "--help")).out)
+    assert set(PUBLISHED_FLAGS[program].split()) <= set(accepted)
 
 
 def test_programs_lead_from_images_to_samples(tmp_path):
@@ -43,10 +41,9 @@ def test_programs_lead_from_images_to_samples(tmp_path):
     def start(program, words):
         return finished(helpers.start(program, *words.split(), *ON_CPU, cwd=tmp_path))
 
-    small = "--base_width 32 --multipliers 1 2 2 --num_res_blocks 1 --z_channels 32 --vocab_size 64 --code_dim 4"
-    outcome = start(
-        "tokenizer", f"--data_path data --img_size 16 {small} --epochs 1 --batch_size 6 --output_dir vq"
-    )
+    small = "--base_width 32 --multipliers 1 2 2 --num_res_blocks 1 --z_channels 32 --vocab_size 64"
+    flags = f"--data_path data --img_size 16 {small} --code_dim 4 --epochs 1 --batch_size 6 --output_dir vq"
+    outcome = start("tokenizer", flags)
     report = json.loads(outcome.out)
     assert json.loads((tmp_path / "vq/report.json").read_text()) == report
     assert report["n"] == helpers.VAL and report["psnr"] > 0 and 0 < report["codebook_use"] <= 1
@@ -54,17 +51,18 @@ def test_programs_lead_from_images_to_samples(tmp_path):
 
     vq = "--vqgan_path vq/tokenizer.safetensors"
     start("cache", f"--img_size 16 {vq} --data_path data --cached_path cache")
-    start("lpd", f"--model lpd_tiny --use_cached --cached_path cache {vq} --output_dir run --epochs 2 --batch_size 6 "
-          "--lr 1e-3 --lr_schedule cosine --warmup_epochs 1 --sample_freq 1 --save_intermediate_freq 1 "
-          "--generation_steps 4 --log_every 1")
+    flags = f"--model lpd_tiny --use_cached --cached_path cache {vq} --output_dir run --batch_size 6"
+    rate = "--epochs 2 --lr 1e-3 --lr_schedule cosine --warmup_epochs 1"
+    often = "--sample_freq 1 --save_intermediate_freq 1 --log_every 1"
+    start("lpd", f"{flags} {rate} {often} --generation_steps 4")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     for name in ("loss.png", "samples/epoch-0001.00.png", "samples/epoch-0002.00.png"):
         assert picture(tmp_path / "run" / name).std() > 0
     assert read_pth(tmp_path / "run/checkpoint-1.pth")["step"] == 3
     assert LPD.load(tmp_path / "run")[1]["class_names"] == list(CLASSES)
 
-    outcome = start("sample", f"--pretrained_ckpt run/lpd.safetensors {vq} --output_dir out --cfg 2 --classes rings "
-                    "00_bars --num_per_class 2 --generation_steps 4 --compare_steps 16")
+    flags = f"--pretrained_ckpt run/lpd.safetensors {vq} --output_dir out --cfg 2 --classes rings 00_bars"
+    outcome = start("sample", f"{flags} --num_per_class 2 --generation_steps 4 --compare_steps 16")
     assert re.search(r"lpd order +4 .*\n.* 16 .*1\.0x", outcome.out)
     names = ("00_bars/00002.png", "00_bars/00003.png", "02_rings/00000.png", "02_rings/00001.png")
     names = [f"images_{steps}_steps/{name}" for steps in (16, 4) for name in names]
@@ -96,9 +94,9 @@ def test_bf16_training_follows_fp32(tmp_path):
 def test_unreadable_image_ends_training_by_its_name(program, tmp_path):
     shutil.copytree(helpers.images(), tmp_path / "images")
     (tmp_path / "images/train/02_rings/4.png").write_bytes(b"no picture")
-    flags = {"data_path": tmp_path / "images", "epochs": 1}
+    flags = {"data_path": tmp_path / "images", "epochs": 1, "img_size": SIZE}
     if program == "lpd":
-        words = train_flags(tmp_path / "out", **flags, cached_path=None, img_size=16, vqgan_path=helpers.tokenizer())
+        words = train_flags(tmp_path / "out", cached_path=None, vqgan_path=helpers.tokenizer(), **flags)
     else:
         words = helpers.tokenizer_flags(tmp_path / "out", **flags)
     outcome = call(program, *words)
@@ -106,33 +104,11 @@ def test_unreadable_image_ends_training_by_its_name(program, tmp_path):
     assert re.search(r"error: .*02_rings/4.png.*$", outcome.err)
 
 
-def test_stopped_tokenizer_training_resumes_to_the_same_files(tmp_path, monkeypatch):
-    """Stopped in step 6 of 9, after the checkpoint of step 4; codes are revived in steps 3 and 6."""
-    plain, calls = engine.train_tokenizer.losses, []
-    config = engine.train_tokenizer.TokenizerTrainConfig
-    monkeypatch.setattr("main_tokenizer.TokenizerTrainConfig", lambda **kw: config(**kw, revive_every=3))
-    changes = {"epochs": 3, "warmup_steps": 2, "save_every": 4}
-    finished(call("tokenizer", *helpers.tokenizer_flags(tmp_path / "straight", **changes)))
-
-    def stopping_losses(*tensors):
-        calls.append(None)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return plain(*tensors)
-
-    monkeypatch.setattr(engine.train_tokenizer, "losses", stopping_losses)
-    words = helpers.tokenizer_flags(tmp_path / "run", **changes)
-    assert call("tokenizer", *words).status == 130 and not (tmp_path / "run/tokenizer.safetensors").exists()
-    finished(call("tokenizer", *words))
-    assert len(calls) == 6 + 5
-    straight, run = (read_weights(tmp_path / name / "tokenizer.safetensors")[0] for name in ("straight", "run"))
-    assert helpers.same(straight, run)
-
-
 def samples(folder, **changes):
     """Run main_sample; returns a name -> image dict."""
     finished(call("sample", *sample_flags(folder, **changes)))
-    return {name: picture(folder / name).astype(int) for name in contents(folder) if name.startswith("images_4")}
+    names = [name for name in contents(folder) if name.startswith("images_4")]
+    return {name: picture(folder / name).astype(int) for name in names}
 
 
 def difference(first, second):

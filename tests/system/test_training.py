@@ -169,14 +169,6 @@ def test_hooks_are_called_when_due_and_at_the_end_with_averaged_weights(tmp_path
     assert same(read_weights(tmp_path / LAST)[0], state.ema)  # averaged weights are what readers get
 
 
-def test_gradient_checkpointing_changes_no_bit(tmp_path):
-    """The same kernels on the same numbers with the same dropout."""
-    flags = {"epochs": 1, "proj_dropout": 0.2}
-    finished(call("lpd", *train_flags(tmp_path / "plain", **flags)))
-    finished(call("lpd", *train_flags(tmp_path / "check", **flags), "--grad_checkpointing"))
-    assert same(final_state(tmp_path / "plain"), final_state(tmp_path / "check"))
-
-
 # Several processes.
 
 

@@ -1,0 +1,204 @@
+"""orders/run_lpd_order.{py,sh} and orders/plot.py: the files they write, their errors, kills and interrupts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import REPO, call_main
+
+from orders import plot, run_lpd_order
+from orders.lpd_order import ORDER_KINDS, lpd_orders, make_orders
+from orders.order_file import load_orders, meta_path, save_orders
+from orders.schedule import cosine_group_sizes
+
+PROGRAM = REPO / "orders" / "run_lpd_order.py"
+SMALL = ["--img_size", "64", "--vqgan_stride", "8", "--generation_steps", "8", "--num_runs", "9"]
+SIZES = cosine_group_sizes(64, 8)
+LONG = ["--num_runs", "1000000", "--max_workers", "2", "--output_file", "orders.npy", "orders.json"]
+
+
+def run(*arguments):
+    return call_main(run_lpd_order.main, *arguments)
+
+
+def test_the_program_runs_from_any_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *SMALL, "--output_file", "out/orders.npy"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9/9" in done.stderr and "orders/s" in done.stderr
+    assert load_orders(tmp_path / "out" / "orders.npy", 64).shape == (9, 64)
+
+
+@pytest.mark.parametrize("kind", ORDER_KINDS)
+def test_both_formats_have_the_orders_of_the_flags(tmp_path, kind):
+    paths = [tmp_path / "orders.npy", tmp_path / "orders.json"]
+    flags = ["--order", kind, "--repulsion_threshold", 2, "--seed", 4]
+    assert run(*SMALL, *flags, "--output_file", *paths).status == 0
+    expected = make_orders(kind, 9, SIZES, 8, repulsion_threshold=2, seed=4)
+    for path in paths:
+        np.testing.assert_array_equal(load_orders(path, 64), expected)
+
+
+def test_the_settings_are_beside_the_file(tmp_path):
+    path = tmp_path / "orders.npy"
+    sizes = [1] * 7 + [57]
+    assert run(*SMALL, "--group_sizes", *sizes, "--output_file", path).status == 0
+    assert json.loads(meta_path(path).read_text()) == {
+        "kind": "lpd", "group_sizes": sizes, "grid_size": 8, "proximity_threshold": 1.0,
+        "repulsion_threshold": 1.0, "seed": 0, "num_orders": 9, "image_size": 64,
+    }
+
+
+def test_the_number_of_workers_and_batches_does_not_change_the_orders(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lpd_order, "CELLS_PER_BATCH", 2 * 64)
+    for workers in (1, 3):
+        path = tmp_path / f"{workers}.npy"
+        assert run(*SMALL, "--max_workers", workers, "--output_file", path).status == 0
+        np.testing.assert_array_equal(load_orders(path, 64), lpd_orders(9, SIZES, 8))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_runs", 0], "--num_runs: 0 is not at least 1"),
+        (["--img_size", 100], "--img_size 100 must be 1 to 128 times --vqgan_stride 8"),
+        (["--img_size", 8000], "--img_size 8000 must be 1 to 128 times --vqgan_stride 8"),
+        (["--generation_steps", 65], "--generation_steps: 65 steps for 64 tokens"),
+        (["--group_sizes", 1, 63], "--group_sizes has 2 steps, --generation_steps is 8"),
+        (["--group_sizes", *[1] * 7, 2], "--group_sizes: group sizes sum to 9, but there are 64 tokens"),
+        (["--repulsion_threshold", "nan"], "--repulsion_threshold: nan is not at least 0"),
+        (["--order", "spiral"], "invalid choice: 'spiral'"),
+        (["--output_file", "orders.txt"], "--output_file orders.txt must end in .npy or .json"),
+        (["--output_file", "file/orders.npy"], "file is not a folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_writes_nothing(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    done = run(*SMALL, "--output_file", "orders.npy", *flags)
+    assert done.status == 2 and message in done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_existing_file_is_not_overwritten_unless_asked(tmp_path):
+    path = tmp_path / "orders.npy"
+    path.write_text("precious")
+    done = run(*SMALL, "--output_file", tmp_path / "new.json", path)
+    assert done.status == 2 and f"--output_file {path} exists" in done.err
+    assert path.read_text() == "precious" and not (tmp_path / "new.json").exists()
+    assert run(*SMALL, "--output_file", path, "--overwrite").status == 0
+    assert len(load_orders(path, 64)) == 9
+
+
+def test_the_same_command_again_leaves_complete_files_and_writes_missing_ones(tmp_path):
+    """As after a kill between the two files."""
+    first, second = tmp_path / "a.npy", tmp_path / "b.json"
+    assert run(*SMALL, "--output_file", first, second).status == 0
+    before, missing = (first.stat().st_mtime_ns, first.read_bytes()), second.read_bytes()
+    second.unlink()
+    assert run(*SMALL, "--output_file", first, second).status == 0
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before and second.read_bytes() == missing
+    assert "complete already" in run(*SMALL, "--output_file", first, second).out
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.json"])
+@pytest.mark.parametrize("flags", [["--seed", 1], ["--num_runs", 8], ["--order", "random"]])
+def test_a_file_of_other_settings_is_refused(tmp_path, name, flags):
+    assert run(*SMALL, "--output_file", tmp_path / name).status == 0
+    done = run(*SMALL, *flags, "--output_file", tmp_path / name)
+    assert done.status == 2 and f"{name} exists" in done.err
+
+
+def started(folder):
+    """The program with two workers, in the middle of a long run, and the process ids of the workers."""
+    process = subprocess.Popen([sys.executable, PROGRAM, *LONG], cwd=folder, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "orders/s" not in seen:
+        seen += process.stderr.read(1)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    return process, [int(pid) for pid in workers]
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_no_file_and_no_worker(tmp_path, number, status):
+    process, workers = started(tmp_path)
+    process.send_signal(number)
+    assert "Traceback" not in process.communicate(timeout=30)[1]
+    assert process.returncode == status
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_makes_the_published_files(tmp_path):
+    """In a copy of the folder, because the script writes below its own."""
+    shutil.copytree(REPO / "orders", tmp_path / "orders", ignore=shutil.ignore_patterns("*generated*"))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    script = tmp_path / "orders" / "run_lpd_order.sh"
+    subprocess.run([script, "--num_runs", "2"], check=True, cwd="/", capture_output=True)
+    made = tmp_path / "orders" / "lpd_orders_generated"
+    for name, num_tokens, steps in (
+        ("res256_steps20_repulsion2", 256, 20),
+        ("res256_steps20_repulsion3", 256, 20),
+        ("res256_steps32_repulsion2", 256, 32),
+        ("res512_steps48_repulsion4", 1024, 48),
+    ):
+        published = load_orders(made / f"{name}.json", num_tokens, 2)
+        np.testing.assert_array_equal(published, load_orders(made / f"{name}.npy", num_tokens, 2))
+        settings = json.loads(meta_path(made / f"{name}.npy").read_text())
+        assert settings["group_sizes"] == list(cosine_group_sizes(num_tokens, steps))
+        assert name.endswith(f"repulsion{settings['repulsion_threshold']:.0f}")
+
+
+# orders/plot.py
+
+
+@pytest.fixture
+def order_files(tmp_path, monkeypatch):
+    """The working folder, with 20 orders as orders.npy and orders.json."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("orders.npy", "orders.json"):
+        save_orders(name, lpd_orders(20, SIZES, 8), {"group_sizes": SIZES})
+
+
+@pytest.mark.parametrize("flags", [["orders.npy"], ["orders.json", "--img_size", 128, "--generation_steps", 8]])
+def test_a_picture_is_drawn_beside_the_file(order_files, flags):
+    assert call_main(plot.main, *flags).status == 0
+    assert Path("orders.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["orders.json"], "--generation_steps or --group_sizes is needed"),
+        (["missing.npy", "--generation_steps", 8], "missing.npy"),
+        (["orders.npy", "--index", 20], "orders.npy has 20 orders, but 21 are needed"),
+        (["orders.npy", "--generation_steps", 8], "64 positions, but an image has 256 tokens"),
+        (["orders.npy", "--output_file", "orders.json"], "--output_file orders.json exists"),
+    ],
+)
+def test_wrong_usage_of_the_plot_is_one_line(order_files, flags, message):
+    done = call_main(plot.main, *flags)
+    assert done.status == 2 and message in done.err
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
