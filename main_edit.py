@@ -1,8 +1,7 @@
 """Edit a picture: cells of the token grid that contain a pixel to generate are generated, the rest is kept.
 
-    python main_edit.py --image shirt.png --class coat --box 0 14 28 28 --num 8 \\
-        --pretrained_ckpt assets/fashion_mnist/lpd.safetensors \\
-        --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/edited
+    python main_edit.py --image shirt.png --class coat --box 0 14 28 28 --num 8 --output_dir output/edited \\
+        --pretrained_ckpt lpd.safetensors --vqgan_path tokenizer.safetensors
 """
 
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.fast import for_inference
 from engine.generate import edit_tokens, load_pair, resolve_settings, whole_order
 from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
@@ -88,16 +88,15 @@ def load(args, image):
     return model, tokenizer, settings, label, pixels, cells
 
 
-def edit(model, tokenizer, settings, label, pixels, batch_size):
+def edit(model, decoder, tokens, settings, label, batch_size):
     """The edited pictures, uint8 [num, S, S, 3], and a list of the first ones after each step, likewise."""
     device, edited, film = model.pos_embed.device, [], []
-    tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     for ids in torch.arange(len(settings.known)).split(batch_size):
         keep, order = torch.from_numpy(settings.known[ids.numpy()]), settings.orders(ids.numpy())
         whole = whole_order(keep, order)[:SHOWN].numpy()
 
         def add_frame(tokens, slots, whole=whole):
-            shown = images.to_uint8(tokenizer.decode(tokens[:SHOWN])).cpu().numpy()
+            shown = images.to_uint8(decoder.decode(tokens[:SHOWN])).cpu().numpy()
             film.append(pictures.filled(shown, whole, slots))
 
         made = edit_tokens(
@@ -105,7 +104,7 @@ def edit(model, tokenizer, settings, label, pixels, batch_size):
             settings.group_sizes, settings.sampling, seed=settings.seed, image_ids=ids,
             on_group=None if edited else add_frame,
         )
-        edited.append(images.to_uint8(tokenizer.decode(made)).cpu())
+        edited.append(images.to_uint8(decoder.decode(made)).cpu())
     return torch.cat(edited).numpy(), film
 
 
@@ -133,12 +132,13 @@ def main(argv=None):
         image = images.read_image(cli.existing_file("--image", args.image))
         model, tokenizer, settings, label, pixels, cells = load(args, image)
         cli.prepare_output(args, RECORD)
-    model, tokenizer = model.to(device, torch.bfloat16 if args.bf16 else torch.float32), tokenizer.to(device)
+    model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16)
     output, generated = Path(args.output_dir), [np.flatnonzero(row).tolist() for row in cells]
     record = {name: getattr(args, name) for name in ("image", "num", "bf16", "paste")}
     record |= {"settings": settings.as_json(), "label": label, "generated_cells": generated}
     write_json(output / RECORD, record)
-    edited, film = edit(model, tokenizer, settings, label, pixels, args.batch_size)
+    tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
+    edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
     if args.paste is not None:
         edited = images.paste(pixels, edited, cells, args.paste)
     save(output, pixels, cells, edited, film)

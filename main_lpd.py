@@ -9,12 +9,10 @@ Recipes are in scripts/train and scripts/eval. To resume, run the same command a
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from engine import evaluate, report
 from engine.checkpoint import LAST
 from engine.data import CachedTokens, EncodedImages, ResidentTokens, fits
-from engine.fast import FastDecoder, FastGenerator, compiled_execution
+from engine.fast import FastGenerator, compiled_execution, for_inference
 from engine.features import EXTRACTORS
 from engine.generate import load_pair, resolve_settings
 from engine.loop import LossNotFinite, RunSettings
@@ -220,15 +218,14 @@ def run_evaluation(args, world):
             class_num=model.config.num_classes,
         )
         digest = state_digest(model)  # of the weights in the file, before they become bfloat16
-        model = model.to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
-        tokenizer, generate = tokenizer.to(world.device), None
+        model, decoder = for_inference(
+            model, tokenizer, world.device, bf16=args.bf16, compiled=args.compile
+        )
         spec = evaluation_spec(args, model, tokenizer, world.device, digest)
         evaluate.check_output(spec, args.output_dir)
-    if args.compile:
-        tokenizer = FastDecoder(tokenizer, model.pos_embed.dtype)
-        generate = FastGenerator(model).generate_tokens
+    generate = FastGenerator(model).generate_tokens if args.compile else None
     with cli.sole_writer("--output_dir", args.output_dir, world):
-        result = evaluate.evaluate(spec, args.output_dir, model, tokenizer, world, generate=generate)
+        result = evaluate.evaluate(spec, args.output_dir, model, decoder, world, generate=generate)
     if world.is_main:
         report.print_result(result)
 

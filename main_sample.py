@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.fast import FastDecoder, FastGenerator
+from engine.fast import FastGenerator, for_inference
 from engine.generate import generate_images, generate_tokens, load_pair, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
@@ -94,13 +94,13 @@ def save_images(output, steps, images, labels, names, num_per_class):
     return pictures.labelled_rows(images, rows, scale=scale, title=f"{steps} steps")
 
 
-def save_film_and_order(output, model, tokenizer, settings, labels, num_per_class):
+def save_film_and_order(output, model, decoder, settings, labels, num_per_class):
     """The film of the first image of each class (ten at most), and the order of the first image."""
     ids = torch.arange(0, len(labels), num_per_class)[:10]
     orders, frames = settings.orders(ids.numpy()), []
 
     def add_frame(tokens, slots):
-        images = pictures.filled(to_uint8(tokenizer.decode(tokens)).cpu().numpy(), orders.numpy(), slots)
+        images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), orders.numpy(), slots)
         frames.append(pictures.grid(images, min(5, len(ids)), scale=max(1, 96 // images.shape[1])))
 
     generate_tokens(
@@ -121,14 +121,14 @@ def main(argv=None):
         device = choose_device(args.device)
         model, tokenizer, variants, labels, names = load(args)
         cli.prepare_output(args, RECORD)
-    output, dtype = Path(args.output_dir), torch.bfloat16 if args.bf16 else torch.float32
-    model, tokenizer = model.to(device, dtype), tokenizer.to(device)
+    output = Path(args.output_dir)
+    model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
     record = {"settings": variants[0].as_json(), "labels": labels.tolist()}
     record |= {"bf16": args.bf16, "compile": args.compile}
     write_json(output / RECORD, record)
-    make = partial(generate_images, model, tokenizer)
+    make = partial(generate_images, model, decoder)
     if args.compile:
-        make = FastGenerator(model, FastDecoder(tokenizer, dtype)).generate_images
+        make = FastGenerator(model, decoder).generate_images
     sheets, timings = [], []
     for settings in variants:
         images, timing = generate(make, settings, labels, args.batch_size)
@@ -137,7 +137,7 @@ def main(argv=None):
     pictures.save_png(output / "grid.png", sheets[0])
     if args.compare_steps:
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
-    save_film_and_order(output, model, tokenizer, variants[0], labels, args.num_per_class)
+    save_film_and_order(output, model, decoder, variants[0], labels, args.num_per_class)
     write_json(output / RECORD, {**record, "seconds_per_image": timings})
     print(f"{'':16}{'steps':>6}{'s, one image alone':>20}{'s/image in a batch':>20}")
     for timing in timings:  # each with its speed relative to the last

@@ -20,6 +20,7 @@ import torch_fidelity
 from benchmarks.measure import record
 from benchmarks.random_inception import save_random_inception
 from engine.evaluate import EvaluationSpec, MetricSpec, evaluate
+from engine.fast import for_inference
 from engine.features import make_extractor
 from engine.generate import resolve_settings
 from engine.metrics import RunningStatistics, compute_metrics
@@ -68,8 +69,8 @@ def time_evaluation(args, world):
     """Seconds by phase of an evaluation with random weights, after a short one that warms up."""
     config = LPD_CONFIGS[args.model]
     torch.manual_seed(0)
-    model = LPD(config).eval().to(world.device, torch.bfloat16 if args.bf16 else torch.float32)
-    tokenizer = VQModel(VQConfig()).eval().to(world.device)
+    model, tokenizer = LPD(config).eval(), VQModel(VQConfig()).eval()
+    model, decoder = for_inference(model, tokenizer, world.device, bf16=args.bf16)
     steps, sampling = args.generation_steps, Sampling(cfg=args.cfg)
     settings = resolve_settings(config.grid_size, generation_steps=steps, sampling=sampling)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def time_evaluation(args, world):
         for n in (args.eval_bsz + 1, args.num_images):
             start = time.perf_counter()
             spec = EvaluationSpec(settings, metrics, n, args.eval_bsz, {})
-            result = evaluate(spec, Path(folder, str(start)), model, tokenizer, world)
+            result = evaluate(spec, Path(folder, str(start)), model, decoder, world)
             wall = time.perf_counter() - start
     seconds = result["seconds"]
     measuring = seconds["features"] + seconds["metrics"]

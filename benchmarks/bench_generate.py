@@ -78,12 +78,12 @@ def run_products(products, batch):
 
 
 def load(args, device):
-    """The model in the requested dtype and the tokenizer in float32, both on the device."""
+    """The model in the requested precision and the tokenizer in float32, both on the device."""
     config = dataclasses.replace(LPD_CONFIGS[args.model], grid_size=args.grid_size)
     model = LPD.load(args.pretrained_ckpt)[0] if args.pretrained_ckpt else LPD(config)
     tokenizer = VQModel.load(args.vqgan_path)[0] if args.vqgan_path else VQModel(VQConfig())
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return model.eval().to(device, dtype), tokenizer.eval().to(device)
+    model = model.eval().to(device)
+    return model.bf16_linears() if args.bf16 else model, tokenizer.eval().to(device)
 
 
 def make_paths(args, model, tokenizer, decoder):
@@ -130,7 +130,7 @@ def main(argv=None):
         model, tokenizer = load(args, choose_device(args.device))
         sampling, grid_size = cli.settings_from(Sampling, args), model.config.grid_size
         settings = resolve_settings(grid_size, sampling=sampling, generation_steps=args.generation_steps)
-    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    device, dtype = model.pos_embed.device, model.head.weight.dtype
     decoder = FastDecoder(tokenizer, dtype, fused=args.fused_decoder)
     paths = make_paths(args, model, tokenizer, decoder)
     products = list(needed_products(model, settings.group_sizes, 1 if sampling.cfg == 1 else 2))

@@ -131,7 +131,7 @@ def evaluation_facts(model, tokenizer, device, *, weights_digest, order_file=Non
         "num_classes": model.config.num_classes,
         "img_size": model.config.grid_size * tokenizer.config.stride,
         "order_file_digest": file_digest(order_file) if order_file else "",
-        "precision": str(model.pos_embed.dtype).removeprefix("torch."), "compile": compiled,
+        "precision": str(model.head.weight.dtype).removeprefix("torch."), "compile": compiled,
         "device": device_name(device), "torch": torch.__version__,
         "torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__,
     }

@@ -118,10 +118,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight, bias, rows=32):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        self.bias = bias
+        self.bias, self.dtype = bias, weight.dtype
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
 
 def packed(model):
@@ -130,9 +130,23 @@ def packed(model):
     if torch.backends.mkldnn.is_available():
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if type(child) is nn.Linear:
+                if isinstance(child, nn.Linear):
                     setattr(module, name, PackedLinear(child.weight, child.bias))
     return model
+
+
+def for_inference(model, tokenizer, device, *, bf16=False, compiled=False):
+    """The model and the decoder of its tokenizer on a device, in the precision of all programs.
+
+    With `bf16`, linears and decoder compute in bfloat16, LayerNorms, the residual stream and the conversion
+    to bytes in float32: as near to float32 as autocast (docs/evaluation.md).
+    """
+    model, tokenizer = model.to(device), tokenizer.to(device)
+    if bf16:
+        model.bf16_linears()
+    if not (bf16 or compiled):
+        return model, tokenizer
+    return model, FastDecoder(tokenizer, torch.bfloat16 if bf16 else torch.float32)
 
 
 class FastDecoder:

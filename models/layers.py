@@ -51,6 +51,14 @@ def attend(q, k, v, mask=None):
     return scores.softmax(dim=-1).to(v.dtype) @ v  # [B, H, N, d]
 
 
+class Linear(nn.Linear):
+    """A linear that computes in the dtype of its weights: in `LPD.bf16_linears` in bfloat16, for any
+    input."""
+
+    def forward(self, x):
+        return super().forward(x if self.weight.dtype == torch.float32 else x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -58,8 +66,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.layer = layer  # index into the KV cache
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
@@ -101,8 +109,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim, hidden_dim, dropout):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Block, KVCache
+from models.layers import Block, KVCache, Linear
 from models.masks import cached_training_mask
 from models.weights import Pretrained, find, load_state, read_weights
 
@@ -119,7 +119,7 @@ class LPD(Pretrained, nn.Module):
             for layer in range(config.depth)
         )
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        self.head = Linear(D, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
@@ -207,6 +207,17 @@ class LPD(Pretrained, nn.Module):
 
     # Decoding: one group at a time.
 
+    def bf16_linears(self):
+        """Store the weights of all linears in bfloat16, for decoding; returns self.
+
+        Embeddings, LayerNorms and the residual stream stay float32: the same numbers as under autocast, with
+        half the weights to read. All of the model in bfloat16 is two to five times farther from float32.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+        return self
+
     def predict(self, context, queries, kv_cache):
         """One decoding step: takes in the newest context, predicts any set of positions at once. No dropout.
 
@@ -227,7 +238,7 @@ class LPD(Pretrained, nn.Module):
 
     def new_kv_cache(self, batch):
         """An empty KV cache for generating `batch` images."""
-        c, weight = self.config, self.pos_embed
+        c, weight = self.config, self.head.weight
         return KVCache(
             c.depth, batch, c.num_heads, c.num_tokens + 1, c.embed_dim // c.num_heads,
             dtype=weight.dtype, device=weight.device,

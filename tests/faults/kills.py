@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from helpers import cache_flags, contents, evaluate_flags, tokenizer_flags, train_flags
+from helpers import cache_flags, contents, evaluate_flags, tokenizer_flags, train_flags, words_of
 
 from models.weights import read_pth
 from util import cli
@@ -32,9 +32,8 @@ DURATIONS = ("seconds", "images_per_s")
 
 def order_flags(folder):
     """1,500 orders of 8x8 cells as `.npy` and `.json`."""
-    names = [folder / "orders.npy", folder / "orders.json"]
-    schedule = ["--img_size", 128, "--generation_steps", 8]
-    return [*schedule, "--num_runs", 1500, "--max_workers", 1, "--output_file", *names]
+    flags = {"img_size": 128, "generation_steps": 8, "num_runs": 1500, "max_workers": 1}
+    return words_of({**flags, "output_file": [folder / "orders.npy", folder / "orders.json"]})
 
 
 def evaluation_flags(folder):
@@ -57,7 +56,6 @@ def start(job, folder):
     argv = [str(word) for word in flags(folder)]
     main = importlib.import_module(module).main
     sys.stdout.flush()
-    sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
@@ -72,7 +70,6 @@ def start(job, folder):
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(status or 0)
 
 

@@ -1,7 +1,7 @@
-"""orders/run_lpd_order.{py,sh} and orders/plot.py: the files they write, their errors, kills and interrupts."""
+"""orders/run_lpd_order.{py,sh} and orders/plot.py: the files they write, errors, kills and interrupts."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +21,6 @@ from orders.schedule import cosine_group_sizes
 PROGRAM = REPO / "orders" / "run_lpd_order.py"
 SMALL = ["--img_size", "64", "--vqgan_stride", "8", "--generation_steps", "8", "--num_runs", "9"]
 SIZES = cosine_group_sizes(64, 8)
-LONG = ["--num_runs", "1000000", "--max_workers", "2", "--output_file", "orders.npy", "orders.json"]
 
 
 def run(*arguments):
@@ -119,35 +118,42 @@ def test_a_file_of_other_settings_is_refused(tmp_path, name, flags):
     assert done.status == 2 and f"{name} exists" in done.err
 
 
-def started(folder):
-    """The program with two workers, in the middle of a long run, and the process ids of the workers."""
-    process = subprocess.Popen([sys.executable, PROGRAM, *LONG], cwd=folder, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "orders/s" not in seen:
-        seen += process.stderr.read(1)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 2
-    return process, [int(pid) for pid in workers]
-
-
-def is_running(pid):
+@pytest.fixture
+def long_run(tmp_path):
+    """The program in the middle of a long run in `tmp_path`, and the process ids of its two workers."""
+    flags = ["--num_runs", "1000000", "--max_workers", "2", "--output_file", "orders.npy", "orders.json"]
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     try:
-        os.kill(pid, 0)
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        seen = ""
+        while not re.search(r"[1-9]\d*/1000000", seen):
+            seen += process.stderr.read(1)
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        yield process, [pid for pid in pids if state(pid)[1:] == [str(process.pid)]]
+    finally:
+        process.kill()
+
+
+def state(pid):
+    """[state, parent's pid] of a process, [] of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
-        return False
+        return []
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
-def test_a_stopped_run_leaves_no_file_and_no_worker(tmp_path, number, status):
-    process, workers = started(tmp_path)
-    process.send_signal(number)
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", -15), ("SIGKILL", -9)])
+def test_a_stopped_run_leaves_no_file_and_no_worker(tmp_path, long_run, number, status):
+    process, workers = long_run
+    assert len(workers) == 2
+    process.send_signal(signal.Signals[number])
     assert "Traceback" not in process.communicate(timeout=30)[1]
     assert process.returncode == status
     deadline = time.monotonic() + 10
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
+    while running := [pid for pid in workers if state(pid)[:1] not in ([], ["Z"])]:
+        assert time.monotonic() < deadline, running
         time.sleep(0.05)
-    assert not any(map(is_running, workers))
     assert not list(tmp_path.iterdir())
 
 
@@ -176,26 +182,26 @@ def test_the_script_makes_the_published_files(tmp_path):
 
 @pytest.fixture
 def order_files(tmp_path, monkeypatch):
-    """The working folder, with 20 orders as orders.npy and orders.json."""
+    """The working folder, with 20 orders as orders.npy and published.json."""
     monkeypatch.chdir(tmp_path)
-    for name in ("orders.npy", "orders.json"):
+    for name in ("orders.npy", "published.json"):
         save_orders(name, lpd_orders(20, SIZES, 8), {"group_sizes": SIZES})
 
 
-@pytest.mark.parametrize("flags", [["orders.npy"], ["orders.json", "--img_size", 128, "--generation_steps", 8]])
-def test_a_picture_is_drawn_beside_the_file(order_files, flags):
-    assert call_main(plot.main, *flags).status == 0
-    assert Path("orders.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name, flags", [("orders.npy", []), ("published.json", ["--group_sizes", *SIZES])])
+def test_a_picture_is_drawn_beside_the_file(order_files, name, flags):
+    assert call_main(plot.main, name, "--img_size", 128, *flags).status == 0
+    assert Path(name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["orders.json"], "--generation_steps or --group_sizes is needed"),
+        (["published.json"], "--generation_steps or --group_sizes is needed"),
         (["missing.npy", "--generation_steps", 8], "missing.npy"),
         (["orders.npy", "--index", 20], "orders.npy has 20 orders, but 21 are needed"),
         (["orders.npy", "--generation_steps", 8], "64 positions, but an image has 256 tokens"),
-        (["orders.npy", "--output_file", "orders.json"], "--output_file orders.json exists"),
+        (["orders.npy", "--output_file", "published.json"], "--output_file published.json exists"),
     ],
 )
 def test_wrong_usage_of_the_plot_is_one_line(order_files, flags, message):

@@ -238,7 +238,6 @@ def test_checkpoint_without_one_of_its_parts_is_refused_by_name(tmp_path, missin
 
 
 def save_twice(path):
-    """A LAST of step 2 and a PREVIOUS of step 1."""
     for step in (1, 2):
         weights = {"w": torch.full((10000,), float(step))}
         save_checkpoint(path, {"step": step, "model": weights, "train_config": {"seed": 0}})
