@@ -59,15 +59,20 @@ def reference_order(group_sizes, grid_size, proximity_threshold, repulsion_thres
         for cell in near:
             if len(group) < size and to_group(chebyshev, cell, group, grid_size) > repulsion_threshold:
                 group.append(cell)
-        rest = [cell for cell in free if cell not in group]
-        rng.shuffle(rest)
-        fill(group, rest, size, grid_size)
+        skipped = [cell for cell in near if cell not in group]
+        candidates = [cell for cell in free if cell not in near] + skipped
+        fill(group, candidates, size, grid_size, rng)
         order += group
     return order
 
 
-def fill(group, candidates, size, grid_size):
+def fill(group, candidates, size, grid_size, rng):
     """Complete the list `group` to `size` cells by farthest-point sampling among the candidates."""
+    if len(candidates) <= size - len(group):
+        group += candidates
+        return
+    if not group:
+        group.append(candidates.pop(rng.randrange(len(candidates))))
     distances = {cell: to_group(squared, cell, group, grid_size) for cell in candidates}
     while len(group) < size:
         farthest = max(distances, key=distances.get)  # of equal distances the first candidate
@@ -85,6 +90,7 @@ def replay(order, group_sizes, grid_size, proximity_threshold, repulsion_thresho
         generated = {*known, *order[:start]}
         free = [cell for cell in range(grid_size**2) if cell not in generated]
         scores = {cell: score(cell, generated, grid_size) for cell in free}
+        place = {cell: (scores[cell] < proximity_threshold, scores[cell]) for cell in free}  # in the list
         group = []
         for cell in order[start : start + size]:
             rest = [c for c in free if c not in group]
@@ -94,9 +100,13 @@ def replay(order, group_sizes, grid_size, proximity_threshold, repulsion_thresho
             ]
             if near:
                 allowed = best(near, scores.get)
+            elif len(free) <= size:  # the list is taken whole
+                allowed = best(rest, place.get)
+            elif not group:
+                allowed = set(rest)
             else:
                 distance = {c: to_group(squared, c, group, grid_size) for c in rest}
-                allowed = best(rest, distance.get)
+                allowed = best(best(rest, distance.get), place.get)
             picks.append(Pick(cell, allowed, bool(near), separation[cell]))
             group.append(cell)
         start += size

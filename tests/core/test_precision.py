@@ -1,5 +1,5 @@
-"""--bf16 in generation: bfloat16 linears, everything else float32, must be as near to float32 as the published
-way, float32 weights under bfloat16 autocast."""
+"""--bf16 in generation (bfloat16 linears, the rest float32) must be as near to float32 as the published way,
+float32 weights under bfloat16 autocast."""
 
 import copy
 from pathlib import Path

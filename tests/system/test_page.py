@@ -153,7 +153,7 @@ def test_uploads_are_limited_to_eight_megabytes(page, megabytes, status):
 def test_page_listens_on_no_other_address(page):
     port = int(page[0].rpartition(":")[2])
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", port), timeout=5)  # a server on all addresses would answer here
+        socket.create_connection(("127.0.0.2", port), timeout=5)  # all addresses would answer
 
 
 def test_everything_that_computes_waits_in_one_queue(tiny_lpd, tiny_vq):
