@@ -1,13 +1,13 @@
 """Fashion-MNIST's four idx files -> an ImageNet-style folder of 32x32 grey PNGs."""
 
 import gzip
-import math
 import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
 from util import cli
@@ -17,35 +17,27 @@ CLASSES = (  # the numbers keep the sorted folder names in the order of the labe
     "0_t-shirt", "1_trouser", "2_pullover", "3_dress", "4_coat",
     "5_sandal", "6_shirt", "7_sneaker", "8_bag", "9_ankle-boot",
 )
-SPLITS = {"train": "train", "val": "t10k"}
+SPLITS = ("train", "val")
 PAD = 2  # 28 -> 32 pixels; the background is black
 
 
-def read_idx(path, ndim):
-    """A gzipped idx file of unsigned bytes -> uint8 array of `ndim` dimensions."""
+def load_split(source, split, folder):
+    """Images uint8 [N, 28, 28] and labels [N] of a split, read by torchvision from the .gz files in `source`,
+    or from its download if that is None; `folder` is a temporary place."""
     try:
-        with gzip.open(path) as file:
-            data = file.read()
-    except (OSError, EOFError) as error:
-        raise cli.Failure(f"{path}: {error}") from None
-    header = 4 + 4 * ndim
-    if len(data) < header or data[:4] != bytes((0, 0, 8, ndim)):
-        raise cli.Failure(f"{path}: not an idx file of unsigned bytes in {ndim} dimensions")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", ndim, offset=4))
-    if len(data) != header + math.prod(shape):
-        raise cli.Failure(f"{path}: {len(data) - header} bytes of data, its header says {math.prod(shape)}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def read_split(source, stem):
-    """Images [N, 28, 28] and labels [N] of one split in the folder `source`."""
-    images = read_idx(source / f"{stem}-images-idx3-ubyte.gz", 3)
-    labels = read_idx(source / f"{stem}-labels-idx1-ubyte.gz", 1)
-    if len(images) != len(labels):
-        raise cli.Failure(f"{source}: {len(images)} {stem} images but {len(labels)} labels")
-    if labels.size and labels.max() >= len(CLASSES):
-        raise cli.Failure(f"{source}: {stem} label {labels.max()} is not one of {len(CLASSES)} classes")
-    return images, labels
+        if source:
+            raw = folder / "FashionMNIST" / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for path in source.glob("*-ubyte.gz"):
+                (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        data = FashionMNIST(folder, train=split == "train", download=source is None)
+        labels = data.targets.numpy()
+        if len(data.data) != len(labels) or labels.max() >= len(CLASSES):
+            raise ValueError(f"{len(data.data)} images, {len(labels)} labels up to {labels.max()}")
+    except Exception as error:  # damaged files fail in many ways, torchvision's by assertions
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise cli.Failure(f"{source or 'download of Fashion-MNIST'}: no {split} split ({reason})") from None
+    return data.data.numpy(), labels
 
 
 def write_split(images, labels, folder):
@@ -66,29 +58,15 @@ def write_split(images, labels, folder):
     partial.rename(folder)
 
 
-def download(folder):
-    """Download the idx files with torchvision below `folder`; returns where they are."""
-    try:
-        from torchvision.datasets import FashionMNIST
-
-        FashionMNIST(folder, download=True)
-    except Exception as error:  # no torchvision, no network or a wrong checksum
-        raise cli.Failure(
-            f"no Fashion-MNIST here: {DEBIAN_FOLDER} is missing (Debian package dataset-fashion-mnist) "
-            f"and torchvision's download failed: {' '.join(str(error).split())}"
-        ) from None
-    return Path(folder, "FashionMNIST", "raw")
-
-
 def main(argv=None):
     parser = cli.Parser(description="Fashion-MNIST as a folder of 32x32 grey PNGs")
     parser.add_argument("output", type=Path, metavar="DIR", help="gets train/<class>/*.png and val/...")
     parser.add_argument("--source", type=Path, help="folder of the .gz files; default: Debian's, or download")
     args = parser.parse_args(argv)
+    source = args.source or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else None)
     with tempfile.TemporaryDirectory() as folder:
-        source = args.source or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else download(folder))
-        for split, stem in SPLITS.items():
-            write_split(*read_split(source, stem), args.output / split)
+        for split in SPLITS:
+            write_split(*load_split(source, split, Path(folder)), args.output / split)
 
 
 if __name__ == "__main__":
