@@ -4,6 +4,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ from util import distributed
 from util.cli import setting
 from util.device import is_cuda, to_device
 
+BLOCK = 64  # consecutive images of a step that share one schedule
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what is learned. `global_batch` is images per optimizer step over all processes
-    and micro-batches; each step draws one of `schedules`, which are group sizes."""
+    and micro-batches; each BLOCK of a step draws one of `schedules`, which are group sizes."""
 
     model: LPDConfig
     num_images: int
@@ -119,12 +122,19 @@ class Loss(nn.Module):
 
 
 def draw_step(config, step):
-    """The random choices of a step, the same on every process: the group sizes of all images, and the keys
-    float32 [global_batch, L] that an order sorts."""
+    """The random choices of a step, the same on every process: the group sizes of each block of images, and
+    the keys float32 [global_batch, L] that an order sorts."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    choice = torch.randint(len(config.schedules), (), generator=generator).item()
+    num_blocks = math.ceil(config.global_batch / BLOCK)
+    choices = torch.randint(len(config.schedules), (num_blocks,), generator=generator).tolist()
     keys = torch.rand(config.global_batch, config.model.num_tokens, generator=generator)
-    return config.schedules[choice], keys
+    return [config.schedules[choice] for choice in choices], keys
+
+
+def split_blocks(first, count):
+    """Cut `count` images of a step, from number `first` on, where a block begins: (block, slice) pairs."""
+    cuts = [first, *range((first // BLOCK + 1) * BLOCK, first + count, BLOCK), first + count]
+    return [(start // BLOCK, slice(start - first, end - first)) for start, end in pairwise(cuts)]
 
 
 def train_step(state, loss_of, world, accum_iter, micro_batches):
@@ -136,19 +146,22 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
         (loss, norm of the gradient before clipping), tensors on the device.
     """
     config = state.config
-    group_sizes, keys = draw_step(config, state.step)
+    schedules, keys = draw_step(config, state.step)
     keys = own_part(keys, world.rank, world.size, accum_iter)  # [accum_iter, b, L]
     torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + world.rank)  # dropout
     total = torch.zeros((), device=world.device)
     for i in range(accum_iter):
         tokens, labels = (to_device(x, world.device) for x in next(micro_batches))
         order = to_device(keys[i], world.device).argsort(dim=1, stable=True)  # so the same on any device
-        last = i == accum_iter - 1
-        with nullcontext() if last or world.size == 1 else loss_of.no_sync():
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-                loss = loss_of(tokens, labels, order, group_sizes) / accum_iter
-            backward(loss)
-        total += loss.detach()
+        b = len(tokens)
+        for block, rows in split_blocks((i * world.size + world.rank) * b, b):
+            last = i == accum_iter - 1 and rows.stop == b
+            share = (rows.stop - rows.start) / (b * accum_iter)
+            with nullcontext() if last or world.size == 1 else loss_of.no_sync():
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+                    loss = loss_of(tokens[rows], labels[rows], order[rows], schedules[block]) * share
+                backward(loss)
+            total += loss.detach()
     lr = learning_rate(config, config.epoch(state.step))
     norm = optimizer_step(state, lr, config.grad_clip or math.inf)
     if state.ema:

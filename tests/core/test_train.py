@@ -21,7 +21,15 @@ from engine.data import ImageStream, own_part
 from engine.generate import generate_tokens
 from engine.loop import NonFiniteGuard
 from engine.sampling import Sampling
-from engine.train import RunningMeans, TrainConfig, draw_step, learning_rate, new_state, train_step
+from engine.train import (
+    RunningMeans,
+    TrainConfig,
+    draw_step,
+    learning_rate,
+    new_state,
+    split_blocks,
+    train_step,
+)
 from models.lpd import LPD
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -79,9 +87,9 @@ def test_processes_and_micro_batches_partition_a_step(world_size, accum_iter):
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    group_sizes, keys = draw_step(CONFIG, 5)
+    schedules, keys = draw_step(CONFIG, 5)
     torch.manual_seed(99)
-    assert same((group_sizes, keys), draw_step(CONFIG, 5))
+    assert same((schedules, keys), draw_step(CONFIG, 5))
     for other in (draw_step(CONFIG, 6), draw_step(dataclasses.replace(CONFIG, seed=1), 5)):
         assert not torch.equal(keys, other[1])
     parts = [own_part(keys, rank, 2, 1)[0] for rank in range(2)]
@@ -90,9 +98,31 @@ def test_draws_depend_on_seed_and_step_alone():
 
 def test_every_image_draws_its_own_order_and_every_schedule_occurs():
     """In 60 steps a schedule is missed with probability 3 (2/3)^60 < 1e-10."""
-    group_sizes, keys = zip(*(draw_step(CONFIG, step) for step in range(60)), strict=True)
+    schedules, keys = zip(*(draw_step(CONFIG, step) for step in range(60)), strict=True)
     assert len(torch.cat(keys).argsort(dim=1).unique(dim=0)) == 240
-    assert set(group_sizes) == set(CONFIG.schedules)
+    assert {group_sizes for (group_sizes,) in schedules} == set(CONFIG.schedules)
+
+
+def test_every_block_of_64_images_draws_its_own_schedule():
+    """32 blocks share one of three schedules with probability 3^-31."""
+    schedules, _ = draw_step(dataclasses.replace(CONFIG, global_batch=2048), 0)
+    assert len(schedules) == 32 and len(set(schedules)) > 1
+    assert split_blocks(0, 64) == [(0, slice(0, 64))]
+    assert split_blocks(128, 32) == [(2, slice(0, 32))]
+    assert split_blocks(48, 96) == [(0, slice(0, 16)), (1, slice(16, 80)), (2, slice(80, 96))]
+
+
+def test_a_step_does_not_depend_on_how_blocks_are_cut_into_micro_batches():
+    """96 images in one micro-batch of two blocks, or in three of 32: equal but for rounding."""
+    config = dataclasses.replace(CONFIG, global_batch=96)
+    tokens, labels = (part.repeat(24, *[1] * (part.ndim - 1)) for part in four_images())
+    norms = []
+    for accum_iter in (1, 3):
+        state = new_state(config, ALONE.device)
+        batches = zip(tokens.chunk(accum_iter), labels.chunk(accum_iter), strict=True)
+        loss, norm = train_step(state, state.model.loss, ALONE, accum_iter, iter(batches))
+        norms.append((loss.item(), norm.item()))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 # What is learned.
