@@ -19,7 +19,7 @@ from util.device import choose_device
 from util.files import write_json
 
 RECORD = "edit.json"  # what was made and how; marks a folder as this program's
-SHOWN = 8  # results on the sheet and in the film
+SHOWN = 8  # results on the sheet and in the GIF
 
 
 def parse_args(argv=None):
@@ -41,7 +41,7 @@ def parse_args(argv=None):
     cli.add_seed_flag(parser)
     add("--bf16", action="store_true", help="bfloat16; without it float32")
     cli.add_device_flags(parser)
-    cli.add_order_flags(parser)
+    cli.add_order_flags(parser, from_file=False)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
 
@@ -80,7 +80,7 @@ def load(args, image):
     names = cli.class_names(args, model.config.num_classes, info)
     label = cli.find_class("--class", getattr(args, "class"), names)
     pixels, cells = prepare(args, image, grid_size * stride, grid_size)
-    chosen = {name: getattr(args, name) for name in cli.ORDER_FLAGS}
+    chosen = {name: getattr(args, name) for name in cli.ORDER_FLAGS if name != "lpd_order_file"}
     if args.generation_steps:
         chosen["generation_steps"] = min(args.generation_steps, int(cells[0].sum()))
     sampling = cli.settings_from(Sampling, args)

@@ -21,7 +21,7 @@ from engine.train import TrainConfig, new_state, train
 from models.lpd import LPD_CONFIGS, Execution
 from models.vqgan import VQModel
 from models.weights import ORDER_SUFFIXES, find, state_digest
-from orders.schedule import cosine_group_sizes, training_steps
+from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
 from util import cli, distributed
 from util.files import refuse_changes
 from util.images import list_images, split_folder
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
     add("--lr", type=cli.number(float, 0), help="default: blr * global batch / 256")
     add("--blr", type=cli.number(float, 0), default=1e-4)
-    add("--group_sizes_list", type=cli.number(int, 1), nargs="+", help="numbers of steps to train for")
+    add("--group_sizes_list", action=cli.Schedules, nargs="+", help="step counts to train on, or a JSON file")
     add("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
     add("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass")
@@ -58,6 +58,7 @@ def parse_args(argv=None):
     add("--wandb_run_name")
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", action="store_true", help="evaluate instead of training")
+    add("--published_protocol", action="store_true", help="decode as the published evaluation; needs --bf16")
     add("--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs")
     add("--eval_freq", type=cli.number(float, 0), default=40)
     add("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
@@ -78,6 +79,8 @@ def check_flags(args):
     """What can be checked without opening large files."""
     cli.required(args, "output_dir")
     cli.writable_folder("--output_dir", args.output_dir)
+    if args.published_protocol and not (args.evaluate and args.bf16):
+        raise cli.UsageError("--published_protocol needs --evaluate and --bf16")
     if args.evaluate:
         cli.required(args, "pretrained_ckpt", "vqgan_path")
         for name in ("save_images", "save_npz"):
@@ -113,7 +116,7 @@ def evaluation_spec(args, model, tokenizer, device, weights_digest):
     metrics = evaluate.MetricSpec.load(args.features, device, img_size, **chosen)
     facts = evaluate.evaluation_facts(
         model, tokenizer, device, weights_digest=weights_digest, order_file=args.lpd_order_file,
-        compiled=args.evaluate and args.compile,
+        compiled=args.evaluate and args.compile, published=args.evaluate and args.published_protocol,
     )
     sink = evaluate.ImageSink(*(place and Path(place) for place in (args.save_images, args.save_npz)))
     return evaluate.EvaluationSpec(settings, metrics, args.num_images, args.eval_bsz, facts, sink)
@@ -149,8 +152,11 @@ def train_config(args, data, num_images, world):
     )
     counts, global_batch = args.group_sizes_list, args.batch_size * args.accum_iter * world.size
     with cli.checking("--group_sizes_list: "):
-        counts = counts or training_steps(model.num_tokens)
-        schedules = tuple(cosine_group_sizes(model.num_tokens, steps) for steps in counts)
+        L = model.num_tokens
+        schedules = tuple(
+            check_group_sizes(steps, L) if isinstance(steps, list) else cosine_group_sizes(L, steps)
+            for steps in counts or training_steps(L)
+        )
     config = cli.settings_from(
         TrainConfig, args, model=model, num_images=num_images, schedules=schedules, seed=args.seed,
         global_batch=global_batch, lr=args.blr * global_batch / 256 if args.lr is None else args.lr,
@@ -191,19 +197,16 @@ def run_training(args, world):
         state, hooks = train_state(args, config, world.device), []
         if args.sample_freq:
             settings = generation_settings(args, grid_size, 8 * min(10, len(names)))
-            hook = report.sample_hook(settings, tokenizer, args.output_dir, names)
-            hooks.append((args.sample_freq, hook))
+            hooks.append((args.sample_freq, report.sample_hook(settings, tokenizer, args.output_dir, names)))
         if args.online_eval:
             spec = evaluation_spec(args, state.model, tokenizer, world.device, weights_digest="")
-            hook = report.evaluation_hook(spec, tokenizer, args.output_dir, world)
-            hooks.append((args.eval_freq, hook))
+            hooks.append((args.eval_freq, report.evaluation_hook(spec, tokenizer, args.output_dir, world)))
         run = cli.settings_from(RunSettings, args, output_dir=args.output_dir, hooks=tuple(hooks))
     info = {name: data[name] for name in ("class_names", "img_size", "tokenizer_digest")}
     with cli.sole_writer("--output_dir", args.output_dir, world):
-        wandb = (args.wandb_project, args.wandb_run_name) if args.use_wandb else None
-        log = report.open_log(
-            args.output_dir, config, state.step, world, tensorboard=args.tensorboard, wandb=wandb
-        )
+        listeners = {"tensorboard": args.tensorboard}
+        listeners["wandb"] = (args.wandb_project, args.wandb_run_name) if args.use_wandb else None
+        log = report.open_log(args.output_dir, config, state.step, world, **listeners)
         train(state, source, run, world, log, info)
         if log:
             report.plot_loss(args.output_dir, args.model)
@@ -218,11 +221,11 @@ def run_evaluation(args, world):
             class_num=model.config.num_classes,
         )
         digest = state_digest(model)  # of the weights in the file, before they become bfloat16
-        model, decoder = for_inference(
-            model, tokenizer, world.device, bf16=args.bf16, compiled=args.compile
-        )
+        given = {"bf16": args.bf16, "compiled": args.compile}
+        model, decoder = for_inference(model, tokenizer, world.device, **given)
         spec = evaluation_spec(args, model, tokenizer, world.device, digest)
         evaluate.check_output(spec, args.output_dir)
+    decoder = evaluate.PublishedDecoder(tokenizer) if args.published_protocol else decoder
     generate = FastGenerator(model).generate_tokens if args.compile else None
     with cli.sole_writer("--output_dir", args.output_dir, world):
         result = evaluate.evaluate(spec, args.output_dir, model, decoder, world, generate=generate)

@@ -1,11 +1,10 @@
-"""Generate images of chosen classes: PNGs, a labelled grid, the order, a film of the images filling in.
+"""Generate images of chosen classes: PNGs, a labelled grid, the order, a GIF of the decoding.
 
     python main_sample.py --pretrained_ckpt assets/fashion_mnist/lpd.safetensors --classes sneaker 8 \\
         --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/samples
 """
 
 import dataclasses
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,7 @@ def save_images(output, steps, images, labels, names, num_per_class):
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         name = names[label].strip(".").replace("/", "_") or "_"  # it must not lead out of the folder
         pictures.save_png(output / f"images_{steps}_steps" / name / f"{i:05d}.png", image)
-    rows = [re.sub(r"^\d+_", "", names[label]) for label in labels[::num_per_class].tolist()]
+    rows = [cli.plain_name(names[label]) for label in labels[::num_per_class].tolist()]
     scale = max(1, 64 // images.shape[1])
     return pictures.labelled_rows(images, rows, scale=scale, title=f"{steps} steps")
 

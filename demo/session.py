@@ -1,7 +1,6 @@
 """What the page does, without gradio: checked requests become pictures that fill in group by group."""
 
 import queue
-import re
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from models.lpd import LPD
 from models.vqgan import VQModel
 from orders.plot import steps_of_cells
 from util import pictures
+from util.cli import plain_name
 from util.device import synchronize
 from util.images import UnreadableImage, cells_under, center_crop, paste, read_image, to_uint8, to_unit
 
@@ -65,7 +65,7 @@ class Session:
     @property
     def choices(self):
         """(name without a leading number, label) of each class."""
-        return [(re.sub(r"^\d+_", "", name), label) for label, name in enumerate(self.names)]
+        return [(plain_name(name), label) for label, name in enumerate(self.names)]
 
     def check(self, request):
         """Raises ValueError, with the value and both limits, for a Request out of limits."""

@@ -93,8 +93,8 @@ def _write(writer, shard, tokens, labels, names):
 
 
 def differing_share(tokenizer, reference, folder, img_size, device, *, sample=64):
-    """The share of tokens in which two tokenizers differ, and on how many images: `sample` at most, evenly
-    taken from the folder, both views of each."""
+    """The fraction of tokens on which two tokenizers differ, and the number of images compared: at most
+    `sample`, evenly spaced in the folder, both views of each."""
     indices = np.unique(np.linspace(0, len(folder) - 1, sample).astype(int))
     differing = images = 0
     for items in image_loader(folder, img_size, in_order(indices, 16), num_workers=0):

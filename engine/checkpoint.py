@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from models.weights import load_state, read_pth
+from models.weights import CHECKPOINT, load_state, read_pth
 from util.distributed import warn
 from util.files import atomic, refuse_changes
 
-LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
+LAST, PREVIOUS = CHECKPOINT, "checkpoint-previous.pth"
 REMEDY = "resume with the same settings or give another --output_dir"
 
 

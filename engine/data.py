@@ -18,7 +18,7 @@ def _epoch(num_images, seed, epoch):
 
 @dataclass(frozen=True)
 class ImageStream:
-    """The images of a training: an endless stream of shuffled epochs, cut into steps of `global_batch`.
+    """The images of a training run: an endless stream of shuffled epochs, cut into steps of `global_batch`.
 
     The order depends on the seed alone, not on the number of processes or on where a run was resumed.
     `accum_iter` is the number of micro-batches that each process makes of its part of a step.

@@ -41,8 +41,9 @@ class EvaluationFailed(Exception):
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """What images are measured with: an extractor of engine.features, the reference of `load_statistics`, its
-    file's digest, and whether to compute KID and precision/recall. ValueError if these do not fit."""
+    """What images are measured with: an extractor from engine.features, reference statistics from
+    `load_statistics`, the digest of their file, and whether to compute KID and precision/recall. ValueError
+    if these do not fit."""
 
     extractor: object
     reference: dict | None = None
@@ -124,21 +125,40 @@ class EvaluationSpec:
         return f"{order}_steps{steps}_cfg{s.sampling.cfg:g}_seed{s.seed}_n{self.num_images}"
 
 
-def evaluation_facts(model, tokenizer, device, *, weights_digest, order_file=None, compiled=False):
+class PublishedDecoder:
+    """The decoder of the published evaluation: bfloat16 autocast, (x + 1) / 2 in bfloat16, then bytes.
+
+    Ours (`engine.fast.for_inference`) is nearer to float32. The pixels are those of whole bytes, in [-1, 1].
+    """
+
+    def __init__(self, tokenizer):
+        self.config, self.tokenizer = tokenizer.config, tokenizer
+
+    def decode(self, tokens):
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            pixels = self.tokenizer.decode(tokens)
+        scaled = (pixels.bfloat16() + 1) / 2
+        return (255 * scaled.float()).round().clamp(0, 255) / 127.5 - 1
+
+
+def evaluation_facts(
+    model, tokenizer, device, *, weights_digest, order_file=None, compiled=False, published=False,
+):
     """What decides the numbers besides settings and metrics, as a dict of plain values."""
+    precision = str(model.head.weight.dtype).removeprefix("torch.")
     return {
         "weights_digest": weights_digest, "tokenizer_digest": state_digest(tokenizer),
         "num_classes": model.config.num_classes,
         "img_size": model.config.grid_size * tokenizer.config.stride,
         "order_file_digest": file_digest(order_file) if order_file else "",
-        "precision": str(model.head.weight.dtype).removeprefix("torch."), "compile": compiled,
+        "precision": precision, "decoder": "published" if published else precision, "compile": compiled,
         "device": device_name(device), "torch": torch.__version__,
         "torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__,
     }
 
 
 def check_output(spec, output_dir):
-    """Refuse places that hold something else than this evaluation's result, chunks and images: a ValueError
+    """Refuse places that hold anything other than this evaluation's result, chunks and images: a ValueError
     that names the place and, of another evaluation, the first setting that differs."""
     files = OutputFiles(spec, output_dir)
     for path in (files.result, files.protocol):

@@ -1,7 +1,8 @@
-"""All that `--compile` means: training through compiled blocks, decoding as one CUDA graph, a faster decoder.
+"""Fast paths: compiled training blocks, decoding as one CUDA graph, and inference in bfloat16.
 
-Each gives what the plain code gives, but for rounding. On a CPU generation is not captured; there its linears
-are packed instead.
+`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW (engine/train.py).
+Results equal those of the plain code up to rounding. On a CPU nothing is captured; the linears are packed
+instead.
 """
 
 import copy

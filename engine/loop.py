@@ -1,4 +1,4 @@
-"""What keeps a training alive: signals, checkpoints, non-finite steps, and the log. Both trainings use it."""
+"""The loop of both trainers: signals, checkpoints, non-finite steps, and the log."""
 
 import math
 from collections import deque
@@ -27,8 +27,8 @@ class LossNotFinite(Exception):
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how often a run saves and logs; frequencies count epochs (steps in tokenizer training).
-    `hooks` are (frequency, function(state, log)) pairs, called on every process with the model in eval mode
-    and averaged weights, and all of them at the end."""
+    `hooks` are (frequency, function(state, log)) pairs. Every process calls them, with the model in eval mode
+    and EMA weights; hooks with a frequency above 0 also run after the last step."""
 
     output_dir: str | Path
     hooks: tuple = ()
@@ -40,7 +40,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Training:
-    """A training as `run_training` sees it. The functions are called on every process."""
+    """What `run_training` needs to know about a training run. The functions are called on every process."""
 
     stream: ImageStream
     num_steps: int
@@ -82,7 +82,8 @@ def run_training(state, training, run, world, log):
                 give_up(bad_steps, state.config.seed, training, run.output_dir, world)
 
             hooks = [hook for every, hook in run.hooks if due(every) or (at_end and every > 0)]
-            save_last = due(run.save_last_freq) or at_end or stop or hooks  # a failing hook costs no steps
+            # before hooks too, so that one that fails loses no steps
+            save_last = due(run.save_last_freq) or at_end or stop or hooks
             save_numbered = due(run.save_intermediate_freq)
             if save_last or save_numbered or state.step % run.log_every == 0:
                 values = training.metrics()

@@ -40,7 +40,7 @@ class TrainConfig:
     lr_decay_start_epoch: float = setting(400.0, "of constant+cosine", least=0)
     weight_decay: float = setting(0.02, least=0)
     grad_clip: float = setting(3.0, "0: none", least=0)
-    ema: float = setting(0.0, "decay of averaged weights, such as 0.9999; 0: none", least=0, most=1)
+    ema: float = setting(0.0, "decay of the EMA of the weights, such as 0.9999; 0: none", least=0, most=1)
     bf16: bool = setting(False, "bfloat16; default: float32")
     seed: int = 0
 
@@ -54,7 +54,7 @@ class TrainConfig:
 
 
 def learning_rate(config, epoch):
-    """Linear warm-up, then constant, half a cosine to min_lr, or first the one and then the other."""
+    """Linear warm-up, then constant, cosine decay to min_lr, or constant followed by cosine decay."""
     if epoch < config.warmup_epochs:
         return config.lr * epoch / config.warmup_epochs
     if config.lr_schedule == "constant":
@@ -68,7 +68,7 @@ def learning_rate(config, epoch):
 
 @dataclass
 class TrainState:
-    """Everything that must survive a crash. `ema` holds averaged weights by name, or nothing."""
+    """Everything that must survive a crash. `ema` maps names to EMA weights; empty without EMA."""
 
     config: TrainConfig
     model: LPD
@@ -84,7 +84,7 @@ class TrainState:
 
     @contextmanager
     def averaged(self):
-        """Inside it the model is in eval mode and has the averaged weights, if there are any."""
+        """Inside it the model is in eval mode and has the EMA weights, if there are any."""
         own = {name: self.model.get_parameter(name).detach().clone() for name in self.ema}
         self.model.load_state_dict(self.ema, strict=False)  # nothing, if there are none
         self.model.eval()
@@ -96,8 +96,8 @@ class TrainState:
 
 
 def new_state(config, device, execution=Execution(), fused=False):
-    """A fresh model and AdamW, which decays no vectors; on a CUDA GPU it is always fused, since otherwise
-    skipping a non-finite step waits for the device."""
+    """A fresh model and AdamW without weight decay on biases, norms and other vectors. On a CUDA GPU AdamW is
+    always fused: otherwise skipping a non-finite step would wait for the device."""
     torch.manual_seed(config.seed)
     model = LPD(config.model, execution).to(device)
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -110,8 +110,9 @@ def new_state(config, device, execution=Execution(), fused=False):
     return TrainState(config, model, optimizer, ema)
 
 
-class Loss(nn.Module):
-    """A model's training loss as a module, for DistributedDataParallel."""
+class LossForDDP(nn.Module):
+    """Makes `LPD.loss` the `forward` that DistributedDataParallel wraps; the loss itself is in
+    models/lpd.py."""
 
     def __init__(self, model):
         super().__init__()
@@ -206,7 +207,7 @@ def train(state, source, run, world, log, info):
     `info` a dict about the training data, saved with the weights; the rest is as in `run_training`."""
     config, loss_of = state.config, state.model.loss
     if world.size > 1:
-        loss_of = DistributedDataParallel(Loss(state.model), broadcast_buffers=False)
+        loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
     state.model.train()
     stream = ImageStream(config.num_images, config.seed, config.global_batch, run.accum_iter)
     micro_batches = source.batches(stream.micro_batches(range(state.step, config.num_steps), world))

@@ -21,7 +21,7 @@ from util.logging import MetricsLog
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """How a tokenizer is trained. `batch_size` is that of all processes together, `lr` the highest rate."""
+    """How a tokenizer is trained. Here `batch_size` is global (the flag is per process); `lr` is the peak."""
 
     model: VQConfig
     img_size: int = setting(256, "pixels", least=1)

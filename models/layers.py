@@ -52,8 +52,8 @@ def attend(q, k, v, mask=None):
 
 
 class Linear(nn.Linear):
-    """A linear that computes in the dtype of its weights: in `LPD.bf16_linears` in bfloat16, for any
-    input."""
+    """A linear layer that casts its input to the weights' dtype if that is not float32
+    (`LPD.bf16_linears`)."""
 
     def forward(self, x):
         return super().forward(x if self.weight.dtype == torch.float32 else x.to(self.weight.dtype))

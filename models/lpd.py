@@ -269,8 +269,8 @@ class LPD(Pretrained, nn.Module):
         )
 
     def start_from(self, name):
-        """Load weights that `find` knows into this model, resizing position embeddings to its grid (a 512 px
-        model starts from 256 px weights so). Raises as `load` does."""
+        """Load weights that `find` knows into this model, resizing the position embeddings to its grid
+        (used to start a 512 px model from 256 px weights). Raises as `load` does."""
         path = find(name)
         state, _ = read_weights(path)
         with suppress(LookupError, RuntimeError, TypeError):  # absent or no grid: load_state reports it

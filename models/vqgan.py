@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all places of a feature map."""
+    """Single-head self-attention over all positions of a feature map."""
 
     def __init__(self, channels):
         super().__init__()

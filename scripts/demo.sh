@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then generates Fashion-MNIST images with the weights in assets/, in 8 steps and one token at a
 # time, and prints where the pictures are. Runs from any folder and needs no GPU.
-#   bash scripts/demo.sh            under two minutes after set-up
+#   bash scripts/demo.sh            about a minute after set-up
 #   bash scripts/demo.sh --train    trains its own small weights first: half an hour on two cores; longer or
 #                                   shorter with TOKENIZER_EPOCHS and LPD_EPOCHS
 set -euo pipefail

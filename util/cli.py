@@ -69,6 +69,30 @@ def number(kind, least=None, most=None):
     return parse
 
 
+class GroupSizes(argparse.Action):
+    """Group sizes as numbers, or as published scripts write them: "[1, 2, 5]" or "[1]*256"; parsed, never
+    evaluated."""
+
+    def __call__(self, parser, args, values, flag=None):
+        text = " ".join(values)
+        if not re.fullmatch(r"[\d\s]+|\[[\d,\s]+\](\s*\*\s*\d+)?", text):
+            parser.error(f"{flag}: {text[:80]!r} is no list of numbers")
+        sizes, _, times = text.partition("*")
+        setattr(args, self.dest, [int(size) for size in re.findall(r"\d+", sizes)] * int(times or 1))
+
+
+class Schedules(argparse.Action):
+    """Numbers of steps, or the path of a JSON list of lists of group sizes."""
+
+    def __call__(self, parser, args, values, flag=None):
+        if len(values) == 1 and not values[0].isdigit():
+            with checking(f"{flag}: "):
+                values = files.read_json(existing_file(flag, values[0]))
+        if not all(isinstance(v, list) or str(v).isdigit() and int(v) > 0 for v in values):
+            parser.error(f"{flag}: numbers of steps or a JSON list of lists of group sizes is needed")
+        setattr(args, self.dest, [v if isinstance(v, list) else int(v) for v in values])
+
+
 # Settings: frozen dataclasses whose fields are also the flags of a program.
 
 
@@ -151,15 +175,16 @@ ORDER_FLAGS = (
 )
 
 
-def add_order_flags(parser):
+def add_order_flags(parser, *, from_file=True):
     """ORDER_FLAGS: the schedule of group sizes and the generation order."""
     add = parser.add_argument
-    add("--generation_steps", type=number(int, 1), help="steps of the cosine schedule; default: 20 of 256")
-    add("--group_sizes", type=int, nargs="+", help="tokens of each step, instead of --generation_steps")
-    add("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="if no file")
-    add("--lpd_order_file", metavar="FILE", help="precomputed orders, .npy or .json, or hf://owner/repo/FILE")
+    add("--generation_steps", type=number(int, 1), help="decoding steps; default: 20 for 256 tokens")
+    add("--group_sizes", action=GroupSizes, nargs="+", help="tokens of each step")
+    add("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="if no file is given")
+    if from_file:
+        add("--lpd_order_file", metavar="FILE", help="precomputed, .npy or .json, or hf://")
     add("--proximity_threshold", type=number(float, 0), default=1.0, help="least score of a near cell")
-    add("--repulsion_threshold", type=number(float, 0), help="default: 2 on 16x16, scaled with the grid")
+    add("--repulsion_threshold", type=number(float, 0), help="least spacing; default: 2 on 16x16")
 
 
 # Checks before anything slow starts.
@@ -220,7 +245,7 @@ def prepare_output(args, record):
 
 
 def check_stated(args, **actual):
-    """Refuse a flag that states something else than what the weights or the data have."""
+    """Refuse a flag that contradicts the weights or the data."""
     for name, value in actual.items():
         stated = getattr(args, name, None)
         if stated not in (None, value):
@@ -237,13 +262,18 @@ def class_names(args, num_classes, info):
     return names
 
 
+def plain_name(name):
+    """A class name without the leading number that sorts its folder."""
+    return re.sub(r"^\d+_", "", name)
+
+
 def find_class(flag, text, names):
     """The label of a class given by its index, its name, or its name without a leading number."""
     if text.isdigit():
         if int(text) >= len(names):
             raise ValueError(f"{flag}: {text} is not in 0..{len(names) - 1}")
         return int(text)
-    plain = [re.sub(r"^\d+_", "", name) for name in names]
+    plain = [plain_name(name) for name in names]
     for known in (names, plain):
         if text in known:
             return known.index(text)

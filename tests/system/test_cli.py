@@ -175,3 +175,37 @@ def test_stopping_process_is_silent_about_a_lost_peer_but_not_about_its_own_erro
         with pytest.raises(raised), StopRequest():
             signal.raise_signal(signal.SIGINT)
             raise error
+
+
+PUBLISHED_WAYS = {
+    "[1, 1, 2]": [1, 1, 2],
+    "[1]*4": [1, 1, 1, 1],
+    "[1, 2] * 2": [1, 2, 1, 2],
+}
+
+
+@pytest.mark.parametrize("text", PUBLISHED_WAYS)
+def test_group_sizes_may_be_written_as_published_scripts_do(text):
+    parser = cli.Parser()
+    cli.add_order_flags(parser)
+    assert parser.parse_args(["--group_sizes", text]).group_sizes == PUBLISHED_WAYS[text]
+    assert parser.parse_args(["--group_sizes", "1", "3"]).group_sizes == [1, 3]
+
+
+@pytest.mark.parametrize("text", ["[1", "1; 2", "[1]*x", "__import__('os')", "[1]**9"])
+def test_group_sizes_are_parsed_and_never_evaluated(text):
+    parser = cli.Parser()
+    cli.add_order_flags(parser)
+    with pytest.raises(cli.UsageError, match="--group_sizes: .* is no list of numbers"):
+        parser.parse_args(["--group_sizes", text])
+
+
+def test_schedules_are_step_counts_or_a_file_of_lists(tmp_path):
+    parser = cli.Parser()
+    parser.add_argument("--group_sizes_list", action=cli.Schedules, nargs="+")
+    (tmp_path / "lists.json").write_text("[[1, 3], [1, 1, 2]]")
+    assert parser.parse_args(["--group_sizes_list", "2", "4"]).group_sizes_list == [2, 4]
+    lists = parser.parse_args(["--group_sizes_list", str(tmp_path / "lists.json")]).group_sizes_list
+    assert lists == [[1, 3], [1, 1, 2]]
+    with pytest.raises(cli.UsageError, match="--group_sizes_list: no such file"):
+        parser.parse_args(["--group_sizes_list", "absent.json"])

@@ -18,13 +18,14 @@ from helpers import ON_CPU, SIZE, call, evaluate_flags, finished, start, torchru
 from PIL import Image
 
 from engine import evaluate
-from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles
+from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles, PublishedDecoder
 from engine.generate import resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD
 from models.vqgan import VQModel
 from models.weights import state_digest
 from util.distributed import World
+from util.images import to_uint8
 from util.logging import read_metrics
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -157,6 +158,7 @@ def test_result_records_every_setting_that_decides_the_numbers(pixels, tmp_path)
     expected = {
         "cfg": 2.0, "cfg_schedule": "linear", "seed": 5, "top_k": 9, "top_p": 1.0, "temperature": 1.0,
         "steps": 4, "num_images": 6, "num_classes": 3, "img_size": SIZE, "precision": "bfloat16",
+        "decoder": "bfloat16",
         "batch_size": 4, "compile": False, "features": "pixels", "features_digest": "0123",
         "reference_n": 9, "device": "cpu", "torch": torch.__version__,
         "torch_fidelity": torch_fidelity.__version__,
@@ -168,6 +170,19 @@ def test_result_records_every_setting_that_decides_the_numbers(pixels, tmp_path)
     assert len(result["reference_digest"]) == len(result["order_file_digest"]) == 16
     assert set(result["seconds"]) == {"generate", "decode", "features", "metrics"}
     assert result["seconds"]["generate"] > 0 and min(result["seconds"].values()) >= 0
+
+
+def test_published_protocol_decodes_under_autocast_and_rounds_in_bfloat16(pixels, tmp_path):
+    flags = evaluate_flags(tmp_path / "out", published_protocol=True, save_images=tmp_path / "png")
+    assert call("lpd", *flags).status == 2  # without --bf16
+    finished(call("lpd", *flags, "--bf16"))
+    assert json.loads(next((tmp_path / "out").glob("*.json")).read_text())["decoder"] == "published"
+    tokenizer, tokens = VQModel.load(helpers.tokenizer())[0], torch.arange(16)[None]
+    decoded = to_uint8(PublishedDecoder(tokenizer).decode(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        pixels = tokenizer.decode(tokens).bfloat16()
+    by_hand = (255 * ((pixels + 1) / 2).float()).round().clip(0, 255).permute(0, 2, 3, 1)
+    assert torch.equal(decoded.float(), by_hand)
 
 
 def test_compiled_path_gives_the_same_metrics(pixels, tmp_path):
