@@ -1,11 +1,13 @@
 """What people see of a run: log, loss curve, sample grids, online evaluation, the table of a result."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import torch
 
 from engine.evaluate import evaluate
+from engine.fast import for_inference
 from engine.generate import generate_images
 from models.weights import state_digest
 from util import pictures
@@ -56,17 +58,22 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
 
 
 def evaluation_hook(spec, tokenizer, output_dir, world):
-    """A training hook that evaluates an EvaluationSpec and logs the metrics.
+    """A training hook that evaluates an EvaluationSpec in the precision of the training and logs the metrics.
 
     Each evaluation has a folder named by the step and everything that decides its numbers, so nothing older
     is mixed in or refused.
     """
 
     def evaluate_now(state, log):
-        facts = {**spec.facts, "weights_digest": state_digest(state.model)}
+        bf16 = state.config.bf16
+        model = copy.deepcopy(state.model) if bf16 else state.model  # bfloat16 must not stay in training
+        model, decoder = for_inference(model, tokenizer, world.device, bf16=bf16)
+        precision = "bfloat16" if bf16 else "float32"
+        facts = {**spec.facts, "precision": precision, "decoder": precision}
+        facts["weights_digest"] = state_digest(state.model)
         name = value_digest([spec.settings.as_json(), spec.metrics.as_json(), facts])
         folder = Path(output_dir) / "online_evaluation" / f"step-{state.step:07d}-{name}"
-        result = evaluate(dataclasses.replace(spec, facts=facts), folder, state.model, tokenizer, world)
+        result = evaluate(dataclasses.replace(spec, facts=facts), folder, model, decoder, world)
         if log:
             log.write(state.step, **result["metrics"])
 

@@ -347,7 +347,7 @@ def test_online_evaluation_runs_on_all_processes_and_logs_its_metrics_once(proce
     flags = {
         "epochs": 0.5, "batch_size": 4 // processes, "vqgan_path": helpers.tokenizer(), "num_images": 4,
         "eval_bsz": 2, "generation_steps": 2, "eval_freq": 1, "features": "efficientnet_lite0",
-        "online_eval": True,
+        "online_eval": True, "bf16": True,
     }
     words = ("lpd", *train_flags(tmp_path, **flags))
     finished(call(*words) if processes == 1 else torchrun(processes, *words))
@@ -355,6 +355,6 @@ def test_online_evaluation_runs_on_all_processes_and_logs_its_metrics_once(proce
     assert path.parent.name.startswith("step-0000003-")
     result, score = json.loads(path.read_text()), "score_efficientnet_lite0"
     found = [result[key] for key in ("steps", "num_images", "precision", "processes")]
-    assert found == [2, 4, "float32", processes]
+    assert found == [2, 4, "bfloat16", processes]
     (line,) = [line for line in read_metrics(tmp_path) if score in line]
     assert line["step"] == 3 and line[score] == result["metrics"][score]
