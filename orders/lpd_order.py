@@ -32,17 +32,16 @@ def make_orders(kind, n, group_sizes, grid_size, *, seed=0, image_ids=None, know
     if the known ones were generated already, the other kinds by leaving them out. Raises ValueError as
     `lpd_orders` does, and for an unknown kind.
     """
+    options = {"seed": seed, "image_ids": image_ids}
     if kind == "lpd":
-        return lpd_orders(
-            n, group_sizes, grid_size, seed=seed, image_ids=image_ids, known=known, **thresholds
-        )
+        return lpd_orders(n, group_sizes, grid_size, known=known, **options, **thresholds)
     group_sizes, known = _check_known(known, n, group_sizes, grid_size)
     if kind == "raster":
         orders = raster_orders(n, grid_size)
     elif kind == "random":
-        orders = random_orders(n, grid_size, seed=seed, image_ids=image_ids)
+        orders = random_orders(n, grid_size, **options)
     elif kind == "halton":
-        orders = halton_orders(n, grid_size, seed=seed, image_ids=image_ids)
+        orders = halton_orders(n, grid_size, **options)
     else:
         raise ValueError(f"order must be one of {', '.join(ORDER_KINDS)}, not {kind!r}")
     listed = ~np.take_along_axis(known, orders.astype(np.int64), axis=1)
@@ -88,9 +87,13 @@ def lpd_orders(
 
     A group first takes near cells (score: sum of 1 / distance over the generated ones of the 8 neighbours;
     near: at least `proximity_threshold`) by falling score, each farther from those it has (Chebyshev) than
-    `repulsion_threshold`; the rest comes by farthest-point sampling. All ties are broken at random. Row i
-    depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0..n-1 by default. Raises ValueError for
-    anything out of range, and for group sizes that do not start with 1 or do not sum to L - k.
+    `repulsion_threshold`. The rest comes from the list of far cells by falling score, then the skipped near
+    cells by falling score: by farthest-point sampling, in which equal distances go to the first in the list
+    and an empty group starts at random, or, if the group needs all of the list, as it stands.
+
+    Equal scores are in random order. Row i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0..n-1
+    by default. Raises ValueError for anything out of range, and for group sizes that do not start with 1 or
+    do not sum to L - k.
     """
     group_sizes, known = _check_known(known, n, group_sizes, grid_size)
     rules = _rules(grid_size, float(proximity_threshold), float(repulsion_threshold))
@@ -108,7 +111,7 @@ class _Rules:
     least_near: np.uint32  # the least key of a near cell
     apart: np.ndarray  # uint32 [L, L]: all ones if two cells may share a group, else 0
     distance: np.ndarray  # unsigned [L, L]: squared distance of two cells
-    unreached: int  # larger than any squared distance: that of a cell from an empty group
+    unreached: int  # larger than any squared distance
 
 
 @functools.lru_cache(maxsize=4)
@@ -141,18 +144,19 @@ def _grow(keys, group_sizes, rules, known):
     workspace = np.empty((2, len(keys), num_tokens), np.uint64)
     start = 0
     for group, size in enumerate(group_sizes):
-        # the low half of the bits breaks ties of score, the high half ties of distance
-        bits = _random_bits(keys, group * num_tokens, num_tokens, workspace)
+        ties = _random_bits(keys, group * num_tokens, num_tokens, workspace).astype(np.uint32)
         beside, across = count_neighbours(generated, rules.grid_size)
         ranks = (1 + BESIDE * beside + ACROSS * across) * (1 - generated)
         near = ranks.astype(np.uint32) << np.uint32(SCORE_TIE_BITS)
-        near |= bits.astype(np.uint32) >> np.uint32(32 - SCORE_TIE_BITS)
+        near |= ties >> np.uint32(32 - SCORE_TIE_BITS)
+        place = near - rules.least_near  # below zero it wraps: far cells come to stand above the near ones
         picks, taken = _take_near(near, size, rules)
         rows = np.argsort(taken, kind="stable")
         rows = rows[: np.searchsorted(taken[rows], size)]  # those not full, the emptiest first
         if len(rows):
-            tie = (bits[rows] >> np.uint64(32)).astype(np.uint32)
-            picks[:, rows] = _take_farthest(picks[:, rows], taken[rows], ranks[rows] > 0, tie, rules)
+            whole = start + size == order.shape[1]  # the last group
+            candidates = ranks[rows] > 0, place[rows]
+            picks[:, rows] = _take_from_list(picks[:, rows], taken[rows], *candidates, whole, rules)
         np.put_along_axis(generated, picks.T, 1, axis=1)
         order[:, start : start + size] = picks.T
         start += size
@@ -189,23 +193,32 @@ def _take_near(near, size, rules):
     return picks, (keys >= rules.least_near).sum(axis=0)
 
 
-def _take_farthest(picks, taken, free, tie, rules):
-    """Complete `picks` int64 [size, n], the first `taken` [n] of which are valid, by farthest-point sampling.
+def _take_from_list(picks, taken, free, place, whole, rules):
+    """Complete `picks` int64 [size, n], the first `taken` [n] of which are valid, from the list of the cells
+    left: by farthest-point sampling or, if `whole`, as it stands.
 
-    `free` bool [n, L]; `tie` uint32 [n, L] is random. `taken` is non-decreasing: the orders that sample their
-    i-th cell come before those that have it.
+    `free` bool [n, L]; `place` uint32 [n, L] is higher for cells earlier in the list. `taken` is
+    non-decreasing: the orders that sample their i-th cell come before those that have it.
     """
-    tie_bits = 32 - rules.unreached.bit_length()
-    tie >>= np.uint32(32 - tie_bits)
+    if not whole:
+        empty = np.searchsorted(taken, 1)
+        random_bits = place[:empty] << np.uint32(32 - SCORE_TIE_BITS)
+        picks[0, :empty] = (random_bits * free[:empty]).argmax(axis=1)
+        taken = np.maximum(taken, 1)
+    place_bits = 32 - rules.unreached.bit_length()
+    place >>= np.uint32(32 - place_bits)
     distance = free * rules.distance.dtype.type(rules.unreached)  # [n, L], from the group
-    key = np.empty_like(tie)
+    key = np.empty_like(place)
+    rows = np.arange(len(place))
     sampling = np.searchsorted(taken, np.arange(len(picks)), side="right").tolist()
     for i, m in enumerate(sampling):
-        if i:
+        if i and whole:
+            distance[rows, picks[i - 1]] = 0
+        elif i:
             np.minimum(distance, rules.distance[picks[i - 1]], out=distance)
         if m:
-            np.left_shift(distance[:m], tie_bits, out=key[:m], dtype=np.uint32)
-            np.bitwise_or(key[:m], tie[:m], out=key[:m])
+            np.left_shift(distance[:m], place_bits, out=key[:m], dtype=np.uint32)
+            np.bitwise_or(key[:m], place[:m], out=key[:m])
             key[:m].argmax(axis=1, out=picks[i, :m])
     return picks
 
