@@ -62,7 +62,7 @@ def _read_npy(path):
         try:
             orders = np.lib.format.read_array(file, allow_pickle=False)
         except Exception as error:  # damaged headers fail in many ways
-            raise ValueError(f"{path} is not an .npy file: {str(error)[:200].splitlines()}") from None
+            raise ValueError(f"{path} is not an .npy file: {' '.join(str(error).split())[:200]}") from None
     if orders.ndim != 2:
         raise ValueError(f"{path} has shape {list(orders.shape)}, not [orders, positions]")
     return orders
