@@ -7,9 +7,9 @@ Source: Locality-aware Parallel Decoding, arXiv 2507.01957.
 import math
 from itertools import pairwise
 
-# Step counts as published. The group sizes of each are `cosine_group_sizes`; the published training lists differ
-# from them by one token in some groups of 8 and 24 steps (256 px) and of 256, 224, 192, 160, 128, 96, 80, 64 and
-# 56 steps (512 px).
+# Step counts as published; the group sizes of each are `cosine_group_sizes`. The published training lists
+# differ from these by one token in some groups, for 8 and 24 steps (256 px) and for 256, 224, 192, 160, 128,
+# 96, 80, 64 and 56 steps (512 px).
 TRAINING_STEPS_256 = (256, 128, 64, 32, 24, 20, 16, 12, 8)
 TRAINING_STEPS_1024 = (1024, 512, 256, 224, 192, 160, 128, 96, 80, 64, 56, 48, 40, 32)
 FEWEST_SCALED_STEPS = 4  # fewer, on a small grid, would train on almost independent tokens
