@@ -1,0 +1,21 @@
+"""The likelihood of given tokens when they are decoded in groups: what an order and a schedule cost."""
+
+import torch
+import torch.nn.functional as F
+
+
+@torch.inference_mode()
+def token_nll(model, tokens, labels, order, group_sizes):
+    """-log p of every token given the groups before its own, as decoding without guidance would see it.
+
+    The tokens of a group are drawn independently of one another, so the sum over an image is -log p(image).
+
+    Args:
+        model: LPD in eval mode. The others are those of `LPD.forward`; a label may be NO_LABEL.
+    Returns:
+        nats, float32 [B, L], in generation order; divide by log 2 for bits.
+    """
+    logits = model(tokens, labels, order, group_sizes).float()  # [B, L, V]
+    targets = tokens.gather(1, order)  # [B, L]
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # [B L]
+    return nats.view(targets.shape)
