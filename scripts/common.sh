@@ -101,10 +101,12 @@ train_lpd() { # train_lpd GLOBAL_BATCH FLAGS...: what all published training run
 }
 
 eval_lpd() { # eval_lpd ORDERS FLAGS...: FID and IS of 50,000 images made with the order file named ORDERS
+    local resolution=${1%%_*}
     LPD_ORDER_FILE=${LPD_ORDER_FILE:-$repo/orders/lpd_orders_generated/$1.json}
+    FID_STATS=${FID_STATS:-$repo/fid_stats/adm_in${resolution#res}_stats.npz}
     shift
     require_path PRETRAINED_CKPT "the trained weights (.pth, .safetensors or a run folder)"
-    require_path FID_STATS "the reference statistics of this image size, made by main_stats.py"
+    require_path FID_STATS "reference statistics, from the published repository or made by main_stats.py"
     require_set OUTPUT_DIR "the folder for the result"
     require_tokenizer
     require_path LPD_ORDER_FILE "the generation orders, made by orders/run_lpd_order.sh"

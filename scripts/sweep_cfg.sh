@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # FID and IS over a list of guidance scales on 10,000 images each, then the best one on 50,000: a table, a CSV
 # and a plot in OUTPUT_DIR. Run it again to resume.
-#   PRETRAINED_CKPT=... FID_STATS=... OUTPUT_DIR=... bash scripts/sweep_cfg.sh [flags of main_lpd.py]
+#   PRETRAINED_CKPT=... OUTPUT_DIR=... bash scripts/sweep_cfg.sh [flags of main_lpd.py]
 # LPD-L at 256 px in 20 steps by default; for another model give its flags (--model lpd_xl --generation_steps 32)
-# and LPD_ORDER_FILE. CFGS: the scales.
+# and LPD_ORDER_FILE, for other statistics FID_STATS. CFGS: the scales.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

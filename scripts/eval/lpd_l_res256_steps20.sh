@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LPD-L at 256 px in 20 steps; published: FID 2.40, IS 284.5.
-#   PRETRAINED_CKPT=... FID_STATS=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res256_steps20.sh [flags of main_lpd.py]
+#   PRETRAINED_CKPT=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res256_steps20.sh [flags of main_lpd.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

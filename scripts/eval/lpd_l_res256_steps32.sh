@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LPD-L at 256 px in 32 steps; published: FID 2.29, IS 282.7.
-#   PRETRAINED_CKPT=... FID_STATS=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res256_steps32.sh [flags of main_lpd.py]
+#   PRETRAINED_CKPT=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res256_steps32.sh [flags of main_lpd.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

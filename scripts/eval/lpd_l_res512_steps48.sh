@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LPD-L at 512 px in 48 steps; published: FID 2.54, IS 292.2.
-#   PRETRAINED_CKPT=... FID_STATS=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res512_steps48.sh [flags of main_lpd.py]
+#   PRETRAINED_CKPT=... OUTPUT_DIR=... bash scripts/eval/lpd_l_res512_steps48.sh [flags of main_lpd.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

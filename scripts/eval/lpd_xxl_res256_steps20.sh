@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LPD-XXL at 256 px in 20 steps; published: FID 2.00, IS 337.6.
-#   PRETRAINED_CKPT=... FID_STATS=... OUTPUT_DIR=... bash scripts/eval/lpd_xxl_res256_steps20.sh [flags of main_lpd.py]
+#   PRETRAINED_CKPT=... OUTPUT_DIR=... bash scripts/eval/lpd_xxl_res256_steps20.sh [flags of main_lpd.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -128,7 +128,7 @@ def test_names_on_the_hub_are_passed_on(paths):
 
 @pytest.mark.parametrize("script, needed", [
     ("train/lpd_l_512", {"OUTPUT_DIR", "CACHED_PATH", "PRETRAINED_CKPT"}),
-    ("eval/lpd_l_res256_steps20", {"OUTPUT_DIR", "PRETRAINED_CKPT", "FID_STATS"}),
+    ("eval/lpd_l_res256_steps20", {"OUTPUT_DIR", "PRETRAINED_CKPT"}),
     ("sweep_fashion", {"OUTPUT_DIR"}),
 ])
 def test_missing_variable_or_file_is_named_before_anything_starts(script, needed, paths):
@@ -140,6 +140,17 @@ def test_missing_variable_or_file_is_named_before_anything_starts(script, needed
         result = bash(script, env={**paths, name: "/no/such/path"})
         assert result.returncode == 2 and f"{name}: /no/such/path does not exist" in result.stderr
     assert not Path(paths["OUTPUT_DIR"]).exists()
+
+
+@pytest.mark.parametrize("pixels, steps", [(256, 20), (512, 48)])
+def test_evaluation_compares_with_the_published_statistics(pixels, steps, paths):
+    script = REPO / f"scripts/eval/lpd_l_res{pixels}_steps{steps}.sh"
+    del paths["FID_STATS"]
+    result, default = bash(script, env=paths), REPO / f"fid_stats/adm_in{pixels}_stats.npz"
+    if default.exists():
+        assert flags_of(result)["--fid_stats"] == str(default)
+    else:
+        assert result.returncode == 2 and f"FID_STATS: {default} does not exist" in result.stderr
 
 
 @pytest.mark.parametrize("env, batch_size, accum_iter", [
