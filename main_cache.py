@@ -1,18 +1,18 @@
 """Encode a folder of images, and its mirror images, into a token cache.
 
     torchrun --nproc_per_node 8 main_cache.py --img_size 256 --vqgan_path tokenizers/vq_ds16_c2i.pt \\
-        --data_path imagenet --cached_path cache/imagenet256
+        --data_path imagenet --published_reading --cached_path cache/imagenet256
 
 A killed run, started again, continues with the missing shards.
 """
 
 import sys
+from pathlib import Path
 
 from engine.cache import convert_mar, differing_share, encode_shards, prepare_encoder
 from models.vqgan import VQModel
 from models.weights import state_digest
-from util import cli, distributed
-from util.images import list_images, split_folder
+from util import cli, distributed, folders
 from util.token_cache import CacheMeta, CacheWriter, MarCache, names_digest
 
 
@@ -23,10 +23,9 @@ def parse_args(argv=None):
     cli.add_tokenizer_flags(parser)
     add("--batch_size", type=cli.number(int, 1), default=64, help="images encoded at a time")
     add("--bf16", action="store_true", help="encode in bf16, and report how many tokens differ")
-    add("--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/")
+    cli.add_folder_flags(parser, split=False)
     add("--cached_path", metavar="DIR", help="where the token cache goes")
     add("--shard_size", type=cli.number(int, 1), default=4096, help="images of a shard")
-    add("--skip_unreadable", action="store_true", help="leave unreadable images out")
     add("--from_mar", metavar="DIR", help="convert this MAR-style folder; nothing is encoded")
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
@@ -42,8 +41,8 @@ def check(args):
     cli.existing_folder(f"--{source}", getattr(args, source))
 
 
-def describe(args, tokenizer, names, class_names, precision):
-    """The `CacheMeta` of the images `names`, checked against the flags."""
+def describe(args, tokenizer, names, class_names, **how):
+    """The `CacheMeta` of the images `names`, checked against the flags. `how`: its precision and reading."""
     config = tokenizer.config
     cli.check_stated(args, vqgan_vocab_size=config.vocab_size, vqgan_stride=config.stride)
     if args.img_size % config.stride:
@@ -53,7 +52,7 @@ def describe(args, tokenizer, names, class_names, precision):
     return CacheMeta(
         img_size=args.img_size, grid_size=args.img_size // config.stride, vocab_size=config.vocab_size,
         class_names=tuple(class_names), tokenizer_digest=state_digest(tokenizer), num_images=len(names),
-        shard_size=args.shard_size, names_digest=names_digest(names), precision=precision,
+        shard_size=args.shard_size, names_digest=names_digest(names), **how,
     )
 
 
@@ -62,7 +61,7 @@ def convert(args):
     with cli.checking():
         tokenizer, _ = VQModel.load(args.vqgan_path)
         mar = MarCache(args.from_mar, tokenizer.config.vocab_size, args.img_size)
-        meta = describe(args, tokenizer, mar.names, mar.meta.class_names, "unknown")
+        meta = describe(args, tokenizer, mar.names, mar.meta.class_names, precision="unknown")
         if mar.meta.grid_size != meta.grid_size:
             raise ValueError(
                 f"--from_mar: {args.from_mar} has {mar.meta.num_tokens} tokens an image, "
@@ -74,33 +73,51 @@ def convert(args):
     print(f"{args.cached_path}: {meta.num_images} images")
 
 
+def open_parts(args, tokenizer, world):
+    """(ImageFolder, CacheWriter) of the training images and of those in DATA/val. Images held out by their
+    name stay among the others: `split_cache` tells them apart."""
+    train, val = folders.split_folder(args.data_path, 0, cli.reading(args))
+    places = {Path(args.cached_path): train} | ({Path(args.cached_path) / "val": val} if val else {})
+    distributed.say(folders.summary(train.root, train.class_names, train, val, train.left_out))
+    how = {"precision": "bf16" if args.bf16 else "fp32", "reading": str(train.reading)}
+    return [
+        (folder, CacheWriter(place, describe(args, tokenizer, folder.names, folder.class_names, **how)))
+        for place, folder in places.items()
+    ]
+
+
 def encode(args):
     """Encode --data_path. Returns name and reason of the unreadable images."""
     with cli.checking():
         world = distributed.init(args.device)
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device)
-        folder = list_images(split_folder(args.data_path, "train"))
-        precision = "bf16" if args.bf16 else "fp32"
-        meta = describe(args, tokenizer, folder.names, folder.class_names, precision)
-        writer = CacheWriter(args.cached_path, meta)
-    if writer.complete:
+        parts = open_parts(args, tokenizer, world)
+    missing, errors = [(folder, writer) for folder, writer in parts if not writer.complete], []
+    if not missing:
         if world.is_main:
-            print(f"{args.cached_path} is complete already: {meta.num_images} images")
+            print(f"{args.cached_path} is complete already: {parts[0][1].meta.num_images} images")
         return []
     with cli.sole_writer("--cached_path", args.cached_path, world):
-        if world.is_main:
-            writer.begin()
-        distributed.barrier()
         encoder = prepare_encoder(tokenizer, bf16=args.bf16)
         if args.bf16 and world.is_main:  # before the hours of encoding
-            share, n = differing_share(encoder, tokenizer, folder, args.img_size, world.device)
+            share, n = differing_share(encoder, tokenizer, parts[0][0], args.img_size, world.device)
             print(f"bf16: {share:.2%} of the tokens of {n} images differ from those of fp32")
-        errors = encode_shards(
-            writer, encoder, folder, world, batch_size=args.batch_size, num_workers=args.num_workers,
-            skip_unreadable=args.skip_unreadable,
-        )
-        if world.is_main:
-            finish(writer, folder, errors, args.skip_unreadable)
+        for folder, writer in missing:
+            errors += encode_part(args, encoder, folder, writer, world)
+    return errors
+
+
+def encode_part(args, encoder, folder, writer, world):
+    """Encode a folder into its token cache. Returns name and reason of the unreadable images."""
+    if world.is_main:
+        writer.begin()
+    distributed.barrier()
+    errors = encode_shards(
+        writer, encoder, folder, world, batch_size=args.batch_size, num_workers=args.num_workers,
+        skip_unreadable=args.skip_unreadable,
+    )
+    if world.is_main:
+        finish(writer, folder, errors, args.skip_unreadable)
     return errors
 
 
@@ -108,8 +125,10 @@ def finish(writer, folder, errors, skip_unreadable):
     """Report the unreadable images, and mark the cache complete if no shard is missing."""
     for _, reason in errors:
         print(f"unreadable: {reason}", file=sys.stderr)
-    if errors:
-        action = "left out" if skip_unreadable else "shards not written: repair or --skip_unreadable"
+    if errors and skip_unreadable:
+        print(f"{len(errors)} unreadable images left out", file=sys.stderr)
+    elif errors:
+        action = "shards not written: repair or --skip_unreadable"
         print(f"error: {len(errors)} unreadable images, {action}", file=sys.stderr)
     if skip_unreadable or not errors:
         writer.finish(folder.names)
@@ -122,7 +141,7 @@ def main(argv=None):
     check(args)
     errors = convert(args) if args.from_mar else encode(args)
     distributed.finish()
-    if errors:
+    if errors and not args.skip_unreadable:
         sys.exit(1)
 
 

@@ -26,6 +26,7 @@ def parse_args(argv=None):
     parser = cli.Parser(description="Edit a picture: keep a part, generate the rest as a class")
     add, count = parser.add_argument, cli.number(int, 0)
     add("--image", metavar="FILE", help="the picture")
+    cli.add_reading_flags(parser)
     add("--class", metavar="CLASS", help="index or name of what the edited picture shows")
     part = parser.add_mutually_exclusive_group(required=True).add_argument
     part("--mask", metavar="FILE", help="picture of the same size, white where to generate")
@@ -50,10 +51,9 @@ def prepare(args, image, img_size, grid_size):
     """The picture as the model gets it, uint8 [S, S, 3], and the cells to generate, bool [num, L]."""
     pixels, mask = images.center_crop(image, img_size), np.zeros((image.height, image.width), bool)
     if args.mask:
-        mask_image = images.read_image(cli.existing_file("--mask", args.mask), "L")
-        if mask_image.size != image.size:
-            raise ValueError(f"--mask has size {mask_image.size}, --image has {image.size}")
-        mask = np.asarray(mask_image) >= 128
+        mask = images.read_mask(cli.existing_file("--mask", args.mask))
+        if mask.shape[::-1] != image.size:
+            raise ValueError(f"--mask has size {mask.shape[::-1]}, --image has {image.size}")
     elif args.box:
         x0, y0, x1, y1 = args.box
         if not (x0 < x1 <= image.width and y0 < y1 <= image.height):
@@ -129,7 +129,7 @@ def main(argv=None):
     cli.required(args, "image", "class", "pretrained_ckpt", "vqgan_path", "output_dir")
     with cli.checking():
         device = choose_device(args.device)
-        image = images.read_image(cli.existing_file("--image", args.image))
+        image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))
         model, tokenizer, settings, label, pixels, cells = load(args, image)
         cli.prepare_output(args, RECORD)
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine import evaluate, report
 from engine.checkpoint import LAST
-from engine.data import CachedTokens, EncodedImages, ResidentTokens, fits
+from engine.data import EncodedImages, token_source
 from engine.fast import FastGenerator, compiled_execution, for_inference
 from engine.features import EXTRACTORS
 from engine.generate import load_pair, resolve_settings
@@ -22,10 +22,9 @@ from models.lpd import LPD_CONFIGS, Execution
 from models.vqgan import VQModel
 from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
-from util import cli, distributed
+from util import cli, distributed, folders
 from util.files import refuse_changes
-from util.images import list_images, split_folder
-from util.token_cache import open_token_cache
+from util.token_cache import open_token_cache, split_cache
 
 
 def parse_args(argv=None):
@@ -40,7 +39,7 @@ def parse_args(argv=None):
     add = training.add_argument
     add("--use_cached", action="store_true", help="train from --cached_path")
     add("--cached_path", metavar="DIR", help="token cache of main_cache.py, or a MAR-style folder")
-    add("--data_path", metavar="DIR", help="train from images instead: CLASS/IMAGE folders")
+    cli.add_folder_flags(training)
     add("--resume", metavar="DIR", help="run to resume if --output_dir has no checkpoint")
     add("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
     add("--lr", type=cli.number(float, 0), help="default: blr * global batch / 256")
@@ -122,14 +121,14 @@ def evaluation_spec(args, model, tokenizer, device, weights_digest):
     return evaluate.EvaluationSpec(settings, metrics, args.num_images, args.eval_bsz, facts, sink)
 
 
-def open_source(args, tokenizer, device):
+def open_source(args, tokenizer, world):
     """The source of training batches, and what is known of its data: grid_size, vocab_size, img_size, ..."""
     if args.data_path:
-        folder = list_images(split_folder(args.data_path, "train"))
         img_size, stride = args.img_size or 256, tokenizer.config.stride
+        folder, _ = cli.open_folders(args, img_size, world)
         if img_size % stride:
             raise ValueError(f"--img_size {img_size} is no multiple of the tokenizer's stride {stride}")
-        return EncodedImages(folder, tokenizer, img_size, args.num_workers, device), {
+        return EncodedImages(folder, tokenizer, img_size, args.num_workers, world.device), {
             "grid_size": img_size // stride, "vocab_size": tokenizer.config.vocab_size, "img_size": img_size,
             "class_names": list(folder.class_names), "tokenizer_digest": state_digest(tokenizer),
         }
@@ -140,8 +139,9 @@ def open_source(args, tokenizer, device):
         digest = data["tokenizer_digest"] and state_digest(tokenizer)  # MAR's caches record none
         given = {"vocab_size": codes, "tokenizer_digest": digest}
         refuse_changes(args.cached_path, data, given, "give its tokenizer with --vqgan_path")
-    resident = args.compile and fits(cache, device)
-    return ResidentTokens(cache, device) if resident else CachedTokens(cache), data
+    train, val = split_cache(cache, args.val_fraction)
+    distributed.say(folders.summary(args.cached_path, data["class_names"], train, val))
+    return token_source(train, world.device, resident=args.compile), data
 
 
 def train_config(args, data, num_images, world):
@@ -187,7 +187,7 @@ def train_state(args, config, device):
 def run_training(args, world):
     with cli.checking():
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device) if args.vqgan_path else None
-        source, data = open_source(args, tokenizer, world.device)
+        source, data = open_source(args, tokenizer, world)
         grid_size, img_size, names = data["grid_size"], data["img_size"], data["class_names"]
         cli.check_stated(
             args, vqgan_vocab_size=data["vocab_size"], vqgan_stride=img_size // grid_size, img_size=img_size,

@@ -1,6 +1,7 @@
 """Reference statistics for FID: mean and covariance of the features of real images.
 
-    torchrun --nproc_per_node 8 main_stats.py --data_path imagenet/train --output_file imagenet256.npz
+    torchrun --nproc_per_node 8 main_stats.py --data_path imagenet --published_reading \\
+        --output_file imagenet256.npz
     python main_stats.py --reference_batch VIRTUAL_imagenet256_labeled.npz --output_file adm256.npz
 
 Takes an image folder (ADM's centre crop) or one of ADM's reference batches, at any size.
@@ -16,13 +17,14 @@ from engine.features import EXTRACTORS, make_extractor
 from engine.metrics import RunningStatistics, save_statistics
 from util import cli, distributed
 from util.files import map_array
-from util.images import image_loader, in_order, list_images, readable_pixels
+from util.images import image_loader, in_order, readable_pixels
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Reference statistics for FID")
     add = parser.add_argument
-    add("--data_path", metavar="DIR", help="CLASS/IMAGE folders")
+    cli.add_folder_flags(parser)
+    add("--split", choices=["train", "val"], default="train", help="which images of --data_path")
     add("--reference_batch", metavar="FILE", help="ADM's .npz: arr_0 uint8 [n, H, W, 3]")
     add("--output_file", metavar="FILE", help=".npz to write")
     add("--overwrite", action="store_true", help="replace --output_file")
@@ -51,19 +53,24 @@ def check(args):
         cli.existing_file("--reference_batch", args.reference_batch)
 
 
-def open_folder(args):
+def open_folder(args, world):
     """The images of --data_path: their number, their size in pixels, how they are prepared, and a function
     from indices to batches uint8 [b, H, W, 3]."""
-    folder, size = list_images(args.data_path), args.img_size or 256
+    size = args.img_size or 256
+    train, val = cli.open_folders(args, size, world)
+    folder = {"train": train, "val": val}[args.split]
+    if folder is None:
+        raise ValueError(f"--split val: no images of {args.data_path} are held out")
 
     def batches(indices):
         for items in image_loader(folder, size, in_order(indices, args.batch_size), args.num_workers):
             yield torch.from_numpy(readable_pixels(items)[1])
 
-    return len(folder), size, f"centre crop to {size} px", batches
+    which = {"train": "training images" if val else "all images", "val": "held-out images"}[args.split]
+    return len(folder), size, f"{which}, centre crop to {size} px, read as {folder.reading}", batches
 
 
-def open_batch(args):
+def open_batch(args, world):
     """The images of --reference_batch, as `open_folder`."""
     array = map_array(args.reference_batch, "arr_0")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
@@ -103,7 +110,7 @@ def main(argv=None):
     check(args)
     with cli.checking():
         world = distributed.init(args.device)
-        n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args)
+        n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args, world)
         if n < 2:
             raise ValueError(f"{n} images: statistics need at least 2")
         extractor = make_extractor(args.features, world.device, args.inception)

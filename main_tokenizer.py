@@ -15,13 +15,12 @@ from models.vqgan import VQConfig
 from models.weights import save_weights
 from util import cli, distributed, pictures
 from util.files import write_json
-from util.images import list_images, split_folder
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train a VQ tokenizer on a folder of images")
     add = parser.add_argument
-    add("--data_path", metavar="DIR", help="CLASS/IMAGE folders, or a folder with train/ and val/")
+    cli.add_folder_flags(parser)
     add("--output_dir", metavar="DIR")
     add("--vocab_size", type=cli.number(int, 2, 65536), default=16384)
     add("--code_dim", type=cli.number(int, 1), default=8)
@@ -44,7 +43,7 @@ def main(argv=None):
     with cli.checking():
         world = distributed.init(args.device)
         config = train_config(args, world)
-        folder, held_out = (list_images(split_folder(args.data_path, part)) for part in ("train", "val"))
+        folder, held_out = cli.open_folders(args, args.img_size, world)
         state = new_state(config, world.device)
         if (output_dir / LAST).exists():
             state.load(output_dir / LAST, world)
@@ -55,7 +54,7 @@ def main(argv=None):
         except LossNotFinite as error:
             raise cli.Failure(error) from None
         if world.is_main:
-            write_results(args, state, held_out, output_dir, world)
+            write_results(args, state, held_out or folder, output_dir, world)
     distributed.finish()
 
 
@@ -71,10 +70,10 @@ def train_config(args, world):
     return cli.settings_from(TokenizerTrainConfig, args, model=model, batch_size=batch_size, seed=args.seed)
 
 
-def write_results(args, state, held_out, output_dir, world):
-    """Write the weights, and how well they reconstruct images that were held out."""
+def write_results(args, state, images, output_dir, world):
+    """Write the weights, and how well they reconstruct images."""
     report, sheet = evaluate_tokenizer(
-        state.model, held_out, args.img_size, world.device, num_workers=args.num_workers
+        state.model, images, args.img_size, world.device, num_workers=args.num_workers
     )
     report |= {"data": str(Path(args.data_path).name), "img_size": args.img_size, "steps": state.step}
     pictures.save_png(output_dir / "reconstructions.png", sheet)

@@ -24,7 +24,8 @@ from engine.cache import differing_share, encode_shards, encode_views, prepare_e
 from models.vqgan import VQConfig, VQModel
 from util import cli, distributed
 from util.files import write_json
-from util.images import list_images, load_image, split_folder
+from util.folders import split_folder
+from util.images import load_image
 from util.token_cache import CacheMeta, CacheWriter, TokenCache
 
 CODES = 16384
@@ -108,7 +109,7 @@ def time_caching(args, folder, world):
     tokenizer = tokenizer.requires_grad_(False).to(world.device)
     encoder = prepare_encoder(tokenizer, bf16=args.bf16)
     photos = args.data_path or write_photos(folder / "photos", args.encode_images, args.img_size)
-    images = list_images(split_folder(photos, "train"))
+    images = split_folder(photos)[0]
     count = min(args.encode_images, len(images))
     chosen = np.linspace(0, len(images) - 1, count).astype(int)
     images = replace(images, names=tuple(images.names[i] for i in chosen), labels=images.labels[chosen])

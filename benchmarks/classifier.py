@@ -20,7 +20,8 @@ from benchmarks.measure import record
 from models.weights import load_state, read_weights, save_weights
 from util import cli
 from util.files import write_json
-from util.images import UnreadableImage, list_images, load_image
+from util.folders import list_images
+from util.images import UnreadableImage, load_image
 
 CPU = torch.device("cpu")
 

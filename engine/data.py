@@ -92,9 +92,11 @@ class ResidentTokens:
             yield self.tokens[indices, views].long() & 0xFFFF, self.labels[indices]
 
 
-def fits(cache, device):
-    """Whether all tokens of a token cache take at most a quarter of the device's free memory."""
-    return len(cache) * 2 * cache.meta.num_tokens * 2 <= free_memory(device) / 4
+def token_source(cache, device, *, resident=False):
+    """The source of a token cache; if `resident`, in the device's memory when a quarter of what is free is
+    enough."""
+    fits = len(cache) * 2 * cache.meta.num_tokens * 2 <= free_memory(device) / 4
+    return ResidentTokens(cache, device) if resident and fits else CachedTokens(cache)
 
 
 class EncodedImages:

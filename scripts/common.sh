@@ -96,7 +96,7 @@ train_lpd() { # train_lpd GLOBAL_BATCH FLAGS...: what all published training run
     set_batch "$global_batch"
     launch --use_cached --cached_path "$CACHED_PATH" --vqgan_path "$VQGAN_PATH" \
         --output_dir "$OUTPUT_DIR" \
-        --batch_size "$batch_size" --accum_iter "$accum_iter" --blr 1e-4 --min_lr 1e-5 \
+        --val_fraction 0 --batch_size "$batch_size" --accum_iter "$accum_iter" --blr 1e-4 --min_lr 1e-5 \
         --weight_decay 0.02 --grad_clip 3.0 --label_drop_prob 0.1 --bf16 "$@"
 }
 

@@ -17,9 +17,11 @@ import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from util import files
-from util.distributed import Stopped, is_peer_failure
-from util.images import UnreadableImage
+from PIL import ImageColor
+
+from util import files, folders
+from util.distributed import Stopped, is_peer_failure, say
+from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
 
 
@@ -135,6 +137,56 @@ def add_device_flags(parser):
     """--device and --num_workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
     parser.add_argument("--num_workers", type=number(int, 0), default=4, help="processes that read images")
+
+
+def colour(text):
+    """An argparse type: a colour by name or as #rrggbb, as a tuple of three numbers."""
+    try:
+        red, green, blue = ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no colour like white or #e0e0e0") from None
+    return red, green, blue
+
+
+def add_reading_flags(parser):
+    """--background and --published_reading, for `reading`."""
+    add = parser.add_argument
+    add("--background", type=colour, default="white", help="colour behind transparent images")
+    add(
+        "--published_reading", action="store_true",
+        help="read images as the published code: drop transparency, ignore the rotation in EXIF",
+    )
+
+
+def reading(args):
+    """The Reading of the flags of `add_reading_flags`."""
+    return Reading(args.background, args.published_reading)
+
+
+def add_folder_flags(parser, *, split=True):
+    """--data_path and how its images are read; with `split` also --val_fraction, for `split_folder` and
+    `split_cache`."""
+    add = parser.add_argument
+    add("--data_path", metavar="DIR", help="images: DIR/CLASS/IMAGE, or DIR/train/CLASS/IMAGE and DIR/val")
+    add_reading_flags(parser)
+    add("--skip_unreadable", action="store_true", help="leave unreadable images out")
+    if split:
+        default = f"{folders.VAL_FRACTION}, with --published_reading 0"
+        add(
+            "--val_fraction", type=number(float, 0, 0.9),
+            help=f"share of the images held out if there is no DIR/val; default: {default}",
+        )
+
+
+def open_folders(args, img_size, world):
+    """The training images of --data_path and those held out or None, as `folders.split_folder`; without
+    unreadable ones if --skip_unreadable says so. Prints what there is."""
+    train, val = folders.split_folder(args.data_path, args.val_fraction, reading(args))
+    if args.skip_unreadable:
+        how = img_size, world, args.num_workers
+        train, val = (part and folders.without_unreadable(part, *how) for part in (train, val))
+    say(folders.summary(train.root, train.class_names, train, val, train.left_out))
+    return train, val
 
 
 def add_tokenizer_flags(parser):

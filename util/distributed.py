@@ -70,10 +70,15 @@ def gather_objects(value):
     return values
 
 
+def say(message, file=None):
+    """Print a line, once among all processes."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(message, file=file, flush=True)
+
+
 def warn(message):
     """Print a line to stderr, once among all processes."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+    say(message, file=sys.stderr)
 
 
 class Agreement:

@@ -1,12 +1,12 @@
-"""Images: folders of classes, ADM's centre crop, pixels as uint8 [H, W, 3] or float in [-1, 1], regions."""
+"""Images: files to RGB, ADM's centre crop, pixels as uint8 [H, W, 3] or float in [-1, 1], regions."""
 
+import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from util.distributed import ignore_stop_signals
 
@@ -20,54 +20,73 @@ class UnreadableImage(ValueError):
     """An image file that cannot be decoded; the message names it."""
 
 
-# Folders.
+# Files to pixels.
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """An ImageNet-style folder: one sub-folder per class, labels in sorted order of their names.
+class Reading:
+    """How image files become RGB: as a viewer shows them, on a background of this colour; or as the published
+    code reads them, which drops transparency and ignores the rotation that EXIF asks for."""
 
-    `names` are relative paths, sorted; `labels` int64 [N], one for each name.
-    """
+    background: tuple[int, int, int] = (255, 255, 255)
+    published: bool = False
 
-    root: Path
-    class_names: tuple[str, ...]
-    names: tuple[str, ...]
-    labels: np.ndarray
+    def __str__(self):
+        return "published" if self.published else "viewer on #{:02x}{:02x}{:02x}".format(*self.background)
 
-    def __len__(self):
-        return len(self.names)
+    def rgb(self, image):
+        """A PIL image of any mode as one of mode RGB."""
+        if self.published:
+            return image.convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "CMYK" and "icc_profile" in image.info:
+            return _managed(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = _to_8_bits(image)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        below = Image.new("RGBA", image.size, self.background)
+        return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
 
 
-def list_images(root):
-    """The `ImageFolder` at ROOT/CLASS/IMAGE.
+def _to_8_bits(image):
+    """A grey image of 16 bits, its range 0..65535 scaled to 0..255."""
+    levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def _managed(image):
+    """A CMYK image in RGB by its colour profile, or by PIL's formula if the profile is damaged."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image.convert("RGB")
+
+
+def read_image(path, *, size=1, reading=Reading()):
+    """An image file as a PIL image of mode RGB, to be cropped to that size; of an animation, the first frame.
 
     Raises:
-        ValueError: no sub-folders, or no images in them.
+        UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
     """
-    root = Path(root)
-    class_names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not class_names:
-        raise ValueError(f"{root} has no class sub-folders (an ImageNet-style folder is {root}/CLASS/IMAGE)")
-    names, labels = [], []
-    for label, class_name in enumerate(class_names):
-        files = sorted(
-            p.relative_to(root).as_posix() for p in (root / class_name).rglob("*")
-            if p.suffix.lower() in EXTENSIONS and p.is_file()
-        )
-        names += files
-        labels += [label] * len(files)
-    if not names:
-        raise ValueError(f"{root} has {len(class_names)} class sub-folders but no images in them")
-    return ImageFolder(root, tuple(class_names), tuple(names), np.array(labels, dtype=np.int64))
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            short, long = sorted(image.size)
+            resized = size * max(size, size * long // max(1, short))
+            for what, pixels in (("has", short * long), (f"would have, its short side {size},", resized)):
+                if pixels > MAX_PIXELS:
+                    sides = "x".join(map(str, image.size))
+                    raise ValueError(f"{sides}: {what} {pixels} pixels, the limit is {MAX_PIXELS}")
+            return reading.rgb(image)
+    except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
+        raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
 
 
-def split_folder(path, split):
-    """PATH/train or PATH/val if that folder exists, else PATH itself."""
-    return Path(path) / split if (Path(path) / split).is_dir() else Path(path)
-
-
-# Files to pixels.
+def read_mask(path):
+    """A picture as bool [H, W]: True where it is white; transparent parts are not."""
+    grey = read_image(path, reading=Reading(background=(0, 0, 0))).convert("L")
+    return np.asarray(grey) >= 128
 
 
 def center_crop(image, size):
@@ -82,28 +101,9 @@ def center_crop(image, size):
     return pixels[top : top + size, left : left + size]
 
 
-def read_image(path, mode="RGB", *, size=1):
-    """An image file as a PIL image of that mode, to be cropped to that size.
-
-    Raises:
-        UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            short, long = sorted(image.size)
-            resized = size * max(size, size * long // max(1, short))
-            for what, pixels in (("has", short * long), (f"would have, its short side {size},", resized)):
-                if pixels > MAX_PIXELS:
-                    sides = "x".join(map(str, image.size))
-                    raise ValueError(f"{sides}: {what} {pixels} pixels, the limit is {MAX_PIXELS}")
-            return image.convert(mode)
-    except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
-        raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
-
-
-def load_image(path, size):
+def load_image(path, size, reading=Reading()):
     """An image file, centre-cropped: uint8 [size, size, 3]. Raises UnreadableImage."""
-    return center_crop(read_image(path, size=size), size)
+    return center_crop(read_image(path, size=size, reading=reading), size)
 
 
 def to_unit(images):
@@ -131,7 +131,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index_and_view):
         index, view = index_and_view
         try:
-            pixels = load_image(self.folder.root / self.folder.names[index], self.size)
+            path = self.folder.root / self.folder.names[index]
+            pixels = load_image(path, self.size, self.folder.reading)
         except UnreadableImage as error:
             return index, str(error)
         return index, pixels[:, ::-1] if view else pixels

@@ -6,17 +6,21 @@
     shard-00003.labels.npy      int32 [N], written last: it marks the shard complete
     shard-00003.names.json      relative image names [N]
 
+    val/                        the same of the held-out images, if the image folder has train/ and val/
+
 Image i of the sorted folder belongs to shard i // shard_size. The MAR-style folder of one `.npz` per image is
 read too.
 """
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from util.files import atomic, read_arrays, read_json, refuse_changes, write_json
+from util.folders import held_out, val_fraction_of
 
 FORMAT = 1
 
@@ -27,8 +31,8 @@ class DamagedCache(ValueError):
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What a token cache holds. `precision` is that of the encoder: fp32, bf16, or unknown. `unreadable`
-    names the images that were left out."""
+    """What a token cache holds. `precision` is that of the encoder: fp32, bf16, or unknown; `reading` that of
+    the images, as `str(Reading)`. `unreadable` names the images that were left out."""
 
     img_size: int
     grid_size: int
@@ -39,6 +43,7 @@ class CacheMeta:
     shard_size: int
     names_digest: str
     precision: str = "fp32"
+    reading: str = "published"  # also of caches from before it was recorded
     unreadable: tuple[str, ...] = ()
     format: int = FORMAT
 
@@ -187,6 +192,15 @@ class TokenCache:
     def __len__(self):
         return len(self.labels)
 
+    @cached_property
+    def names(self):
+        """Relative image names."""
+        shards = range(self.meta.num_shards)
+        names = [name for s in shards for name in _read_names(_shard_file(self.folder, s, "names.json"))]
+        if len(names) != len(self):
+            raise DamagedCache(f"{self.folder}: {len(names)} names of {len(self)} images")
+        return names
+
     def tokens(self, indices, views):
         """Tokens of images, int64 [n, L]; view 1 is the mirrored image.
 
@@ -282,3 +296,34 @@ def open_token_cache(folder, *, vocab_size=16384, img_size=256):
     if (folder / "meta.json").exists() or (folder / "plan.json").exists():
         return TokenCache(folder)
     return MarCache(folder, vocab_size, img_size)
+
+
+class Subset:
+    """Some images of a token cache, read like a token cache."""
+
+    def __init__(self, cache, chosen):
+        self.cache, self.meta, self.indices = cache, cache.meta, np.flatnonzero(chosen)
+        self.labels, self.names = cache.labels[self.indices], [cache.names[i] for i in self.indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def tokens(self, indices, views):
+        """As `TokenCache.tokens`."""
+        return self.cache.tokens(self.indices[indices], views)
+
+
+def split_cache(cache, val_fraction=None):
+    """The training images of a token cache and those held out, as `split_folder` splits the image folder: the
+    cache and its val/ if it has one, else by `held_out`. The second is None if nothing is held out.
+
+    Raises:
+        ValueError: all images are held out, or val/ is incomplete or damaged.
+    """
+    if isinstance(cache, TokenCache) and (cache.folder / "val").is_dir():
+        return cache, TokenCache(cache.folder / "val")
+    fraction = val_fraction_of(val_fraction, cache.meta.reading == "published")
+    mask = held_out(cache.names, fraction) if fraction else np.zeros(len(cache), bool)
+    if mask.all():
+        raise ValueError(f"all {len(cache)} images of the token cache are held out: lower --val_fraction")
+    return (Subset(cache, ~mask), Subset(cache, mask)) if mask.any() else (cache, None)

@@ -7,10 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from util import images
-from util.images import UnreadableImage, center_crop, load_image
+from util.folders import list_images
+from util.images import Reading, UnreadableImage, center_crop, load_image, read_image
 
 
 def noise(height, width, seed=0):
@@ -41,13 +42,101 @@ def test_crop_scales_the_short_side_bicubically_and_takes_the_middle_of_the_long
         assert center_crop(Image.fromarray(noise(height, width)), 10).shape == (10, 10, 3)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_image_of_any_mode_is_read_as_three_channels(tmp_path, mode):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    image = Image.new("I;16", (9, 9)) if mode == "I;16" else Image.fromarray(noise(9, 9)).convert(mode)
-    image.save(path)
-    pixels = load_image(path, 6)
-    assert pixels.shape == (6, 6, 3) and pixels.dtype == np.uint8
+@pytest.fixture
+def viewed(tmp_path):
+    """Saves an image as a file and reads it back: int [H, W, 3]."""
+
+    def save_and_read(image, name="x.png", reading=Reading(), **options):
+        image.save(tmp_path / name, **options)
+        return np.asarray(read_image(tmp_path / name, reading=reading)).astype(int)
+
+    return save_and_read
+
+
+def see_through(mode):
+    """A red pixel, half a red pixel and a hidden red pixel, in a mode with transparency."""
+    image = Image.new("RGBA", (3, 1), "red")
+    image.putalpha(Image.fromarray(np.array([[255, 128, 0]], np.uint8)))
+    return image.convert(mode)
+
+
+def test_transparent_image_is_laid_on_the_background(viewed):
+    red, pink, white = [255, 0, 0], [255, 127, 127], [255, 255, 255]
+    for name, options in (("x.png", {}), ("x.webp", {"lossless": True, "exact": True}), ("x.tif", {})):
+        assert viewed(see_through("RGBA"), name, **options).tolist() == [[red, pink, white]], name
+    assert viewed(see_through("LA"))[0, :, 0].tolist() == [76, 165, 255]  # red is grey 76
+    blue = Reading(background=(0, 0, 255))
+    assert viewed(see_through("RGBA"), reading=blue).tolist() == [[red, [128, 0, 127], [0, 0, 255]]]
+    published = viewed(see_through("RGBA"), reading=Reading(published=True))
+    assert published.tolist() == [[red, red, red]]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.gif"])
+def test_palette_with_a_transparent_colour_is_laid_on_the_background(viewed, name):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode="P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    assert viewed(image, name, transparency=1).tolist() == [[[255, 0, 0], [255, 255, 255], [0, 0, 255]]]
+
+
+def test_colour_named_transparent_is_laid_on_the_background(viewed):
+    """The tRNS chunk of an RGB or grey PNG."""
+    colours = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert viewed(colours, transparency=(1, 2, 3)).tolist() == [[[255] * 3, [4, 5, 6]]]
+    assert viewed(colours.convert("L"), transparency=5)[0, :, 0].tolist() == [2, 255]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_sixteen_bit_grey_keeps_its_range(viewed, name):
+    levels = np.array([[0, 257, 32768, 65535]], np.uint16)
+    assert viewed(Image.fromarray(levels), name)[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
+
+
+def test_rotation_of_exif_is_applied_but_not_by_the_published_reading(viewed):
+    pixels, exif = noise(4, 6), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright = viewed(Image.fromarray(pixels), exif=exif)
+    assert np.array_equal(upright, np.rot90(pixels, -1))
+    stored = viewed(Image.fromarray(pixels), reading=Reading(published=True), exif=exif)
+    assert np.array_equal(stored, pixels)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_hide_the_picture(viewed):
+    pixels = viewed(Image.fromarray(noise(8, 8)), "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert pixels.shape == (8, 8, 3)
+
+
+def test_first_frame_of_an_animation_is_read(viewed):
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("lime", "red")]
+    assert viewed(frames[0], "x.gif", save_all=True, append_images=frames[1:])[0, 0].tolist() == [0, 255, 0]
+
+
+def test_inks_become_colours_with_and_without_a_profile(viewed):
+    """As JPEG the inks are stored inverted. A damaged profile is not used."""
+    inks = np.tile(np.array([[[255, 0, 0, 0]], [[0, 0, 0, 0]]], np.uint8).repeat(8, axis=0), (1, 8, 1))
+    inks, plain = Image.fromarray(inks, "CMYK"), [[0, 255, 255], [255, 255, 255]]
+    for name, options in (("x.tif", {}), ("x.tif", {"icc_profile": b"damaged"}), ("x.jpg", {"quality": 100})):
+        assert np.abs(viewed(inks, name, **options)[[0, 15], 0] - plain).max() <= 4
+    managed = viewed(inks, "x.tif", icc_profile=cyan_is_black())
+    assert np.abs(managed[[0, 15], 0] - [[0] * 3, [255] * 3]).max() <= 4
+
+
+def cyan_is_black():
+    """The ICC profile of a printer whose paper is white and whose cyan, with any other ink, is black."""
+    corners = b"".join(bytes([0 if inks >= 8 else 255, 128, 128]) for inks in range(16))  # in Lab, cyan first
+    ramp, identity = bytes(range(256)), struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).ravel())
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + 4 * ramp + corners + 3 * ramp
+    header = struct.pack(
+        ">I4x4s4s4s4s12x4s28x3i48x", 144 + len(table), b"\2\x40\0\0", b"prtr", b"CMYK", b"Lab ", b"acsp",
+        63190, 65536, 54061,
+    )
+    return header + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_image_without_transparency_is_read_as_published(viewed, mode):
+    image = Image.fromarray(noise(9, 9)).convert(mode)
+    assert np.array_equal(viewed(image), viewed(image, reading=Reading(published=True)))
 
 
 def test_grey_levels_survive_the_way_to_floats_and_back_and_others_are_clamped():
@@ -57,27 +146,6 @@ def test_grey_levels_survive_the_way_to_floats_and_back_and_others_are_clamped()
     assert np.array_equal(images.to_uint8(unit).numpy(), levels)
     beyond = torch.tensor([-7.0, 0.0, 1.01]).view(1, 1, 1, 3).expand(1, 3, 1, 3)
     assert images.to_uint8(beyond)[0, 0, :, 0].tolist() == [0, 128, 255]  # 127.5 rounds to the even 128
-
-
-def test_folder_lists_sorted_names_and_labels_by_sorted_class(tmp_path):
-    """The class without images keeps its label; other files and hidden folders are left out."""
-    names = ["c/2.png", "c/10.JPG", "a/deep/x.webp", "a/y.png"]
-    for name in [*names, "c/a.txt", ".x/z.png", "loose.png"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "b").mkdir()
-    folder = images.list_images(tmp_path)
-    assert folder.class_names == ("a", "b", "c")
-    assert folder.names == ("a/deep/x.webp", "a/y.png", "c/10.JPG", "c/2.png")
-    assert folder.labels.tolist() == [0, 0, 2, 2]
-
-
-def test_folder_without_classes_or_images_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} has no class sub-folders"):
-        images.list_images(tmp_path)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match=f"{tmp_path} has 1 class sub-folders but no images"):
-        images.list_images(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "postscript", "missing"])
@@ -121,7 +189,7 @@ def test_loader_mirrors_view_one_and_leaves_an_unreadable_image_to_whoever_needs
         Image.fromarray(noise(4, 4, seed=i)).save(tmp_path / f"a/{i}.png")
     (tmp_path / "a/3.png").write_bytes(b"")
     batches = [([2, 0], [0, 1]), ([1, 3], [0, 0])]
-    first, second = images.image_loader(images.list_images(tmp_path), 4, batches, num_workers=0)
+    first, second = images.image_loader(list_images(tmp_path), 4, batches, num_workers=0)
     indices, pixels = images.readable_pixels(first)
     assert indices == [2, 0]
     assert np.array_equal(pixels, np.stack([noise(4, 4, seed=2), noise(4, 4, seed=0)[:, ::-1]]))

@@ -9,7 +9,8 @@ from helpers import ON_CPU, SIZE, call, finished, torchrun
 import main_stats
 from engine.evaluate import save_image_npz
 from engine.metrics import load_statistics
-from util.images import list_images, load_image
+from util.folders import list_images
+from util.images import load_image
 
 
 class Pixels:
@@ -50,7 +51,7 @@ def assert_numpys(found, images):
 def test_folder_gives_the_statistics_of_its_prepared_images(pixels, images, tmp_path):
     folder = helpers.images() / "train"
     found, out = stats(tmp_path / "s.npz", "--data_path", folder, "--img_size", SIZE)
-    assert "18 images, 4 features of pixels, centre crop to 16 px" in out
+    assert "18 images, 4 features of pixels, all images, centre crop to 16 px" in out
     assert_numpys(found, images)
     assert (found["extractor"], found["extractor_digest"], found["img_size"]) == ("pixels", "0123", SIZE)
     assert "features" not in found

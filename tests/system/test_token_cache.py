@@ -11,13 +11,14 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import SIZE, TRAIN, cache_flags, call, contents, finished
+from helpers import SIZE, TRAIN, VAL, cache_flags, call, contents, finished
 
 import engine.cache
 from engine.cache import encode_views
 from models.vqgan import VQModel
-from util.images import list_images, load_image
-from util.token_cache import CacheWriter, MarCache, TokenCache, open_token_cache
+from util.folders import list_images, split_folder
+from util.images import load_image
+from util.token_cache import CacheWriter, MarCache, TokenCache, open_token_cache, split_cache
 
 # The format.
 
@@ -68,6 +69,30 @@ def test_cache_has_the_tokenizers_tokens_of_each_image_and_its_mirror_image():
         assert np.array_equal(cache.tokens([8], [view]), expected)
 
 
+def test_cache_of_train_and_val_folders_holds_out_those_of_val():
+    train, val = split_cache(TokenCache(helpers.token_cache()))
+    expected = list_images(helpers.images() / "val")
+    assert len(train) == TRAIN and val.names == list(expected.names)
+    assert np.array_equal(val.labels, expected.labels)
+
+
+def test_cache_of_one_folder_is_split_as_the_folder_is(tmp_path):
+    """Nothing is held out of the published reading unasked."""
+    data = {"data_path": helpers.images() / "train"}
+    finished(call("cache", *cache_flags(tmp_path / "cache", **data)))
+    cache = TokenCache(tmp_path / "cache")
+    assert cache.meta.reading == "viewer on #ffffff" and not (tmp_path / "cache/val").exists()
+    for found, expected in zip(split_cache(cache, 0.3), split_folder(data["data_path"], 0.3), strict=True):
+        assert 0 < len(found) < TRAIN and tuple(found.names) == expected.names
+        assert np.array_equal(found.labels, expected.labels)
+        places, views = [cache.names.index(name) for name in found.names], np.arange(len(found)) % 2
+        assert np.array_equal(found.tokens(np.arange(len(found)), views), cache.tokens(places, views))
+    finished(call("cache", *cache_flags(tmp_path / "published", **data, published_reading=True)))
+    published = TokenCache(tmp_path / "published")
+    assert published.meta.reading == "published" and split_cache(published) == (published, None)
+    assert len(split_cache(published, 0.3)[1]) > 0
+
+
 def test_two_processes_make_the_same_cache_as_one(tmp_path):
     outcome = finished(helpers.torchrun(2, "cache", *cache_flags(tmp_path / "cache")))
     assert outcome.out.count(f"{TRAIN} images, 3 shards") == 1
@@ -102,7 +127,7 @@ def test_killed_run_started_again_encodes_only_the_missing_shards(tmp_path, monk
 
     monkeypatch.setattr(engine.cache, "encode_views", counting)
     finished(call("cache", *cache_flags(tmp_path / "cache")))
-    assert sum(encoded) == TRAIN - 7  # the first shard of 7 was complete
+    assert sum(encoded) == TRAIN - 7 + VAL  # the first shard of 7 was complete
     assert contents(tmp_path / "cache") == contents(helpers.token_cache())
     again = finished(call("cache", *cache_flags(tmp_path / "cache")))
     assert "complete already: 18 images" in again.out
@@ -115,6 +140,7 @@ def test_killed_run_started_again_encodes_only_the_missing_shards(tmp_path, monk
         ({"img_size": lambda: 20}, ["img_size", "16", "20"]),
         ({"data_path": lambda: helpers.images() / "val"}, ["num_images", "18", "6"]),
         ({"bf16": lambda: True}, ["precision", "fp32", "bf16"]),
+        ({"published_reading": lambda: True}, ["reading", "published", "viewer on #ffffff"]),
     ],
 )
 def test_cache_of_something_else_is_refused_and_left_unchanged(tmp_path, changes, words):
@@ -175,7 +201,7 @@ def test_unreadable_images_are_named_and_repairing_them_completes_the_cache(tmp_
 def test_images_skipped_on_request_are_listed_and_all_others_cached(tmp_path, damaged_images):
     flags = cache_flags(tmp_path / "cache", data_path=damaged_images, skip_unreadable=True)
     outcome = call("cache", *flags)
-    assert outcome.status == 1 and "error: 2 unreadable images, left out" in outcome.err
+    assert outcome.status == 0 and "2 unreadable images left out" in outcome.err
     cache, whole = TokenCache(tmp_path / "cache"), TokenCache(helpers.token_cache())
     assert cache.meta.unreadable == UNREADABLE
     kept, ones = [i for i in range(TRAIN) if i not in (3, 17)], np.ones(16, int)

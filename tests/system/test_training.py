@@ -16,7 +16,7 @@ from engine.loop import RunSettings
 from engine.train import new_state, train, train_step
 from models.vqgan import VQModel
 from models.weights import read_pth, read_weights
-from util.images import list_images
+from util.folders import list_images
 from util.logging import MetricsLog, read_metrics
 from util.token_cache import DamagedCache, TokenCache
 
