@@ -24,7 +24,7 @@ from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
 from util import cli, distributed, folders
 from util.files import refuse_changes
-from util.token_cache import open_token_cache, split_cache
+from util.token_cache import names_digest, open_token_cache, split_cache
 
 
 def parse_args(argv=None):
@@ -94,10 +94,6 @@ def check_flags(args):
         raise cli.UsageError("--save_images and --save_npz need --evaluate")
     if (args.sample_freq or args.online_eval) and not args.vqgan_path:
         raise cli.UsageError("--sample_freq and --online_eval need --vqgan_path to decode images")
-    phases = {"constant": [], "cosine": ["warmup_epochs"]}
-    for name in phases.get(args.lr_schedule, ["warmup_epochs", "lr_decay_start_epoch"]):
-        if getattr(args, name) > args.epochs:
-            raise cli.UsageError(f"--{name} {getattr(args, name)} is more than --epochs {args.epochs}")
 
 
 def generation_settings(args, grid_size, num_images):
@@ -121,16 +117,18 @@ def evaluation_spec(args, model, tokenizer, device, weights_digest):
     return evaluate.EvaluationSpec(settings, metrics, args.num_images, args.eval_bsz, facts, sink)
 
 
-def open_source(args, tokenizer, world):
-    """The source of training batches, and what is known of its data: grid_size, vocab_size, img_size, ..."""
+def open_sources(args, tokenizer, world):
+    """The sources of the training images and of those held out, if any; what is known of the data."""
     if args.data_path:
         img_size, stride = args.img_size or 256, tokenizer.config.stride
-        folder, _ = cli.open_folders(args, img_size, world)
+        folder, held_out = cli.open_folders(args, img_size, world)
         if img_size % stride:
             raise ValueError(f"--img_size {img_size} is no multiple of the tokenizer's stride {stride}")
-        return EncodedImages(folder, tokenizer, img_size, args.num_workers, world.device), {
+        how = tokenizer, img_size, args.num_workers, world.device
+        return [EncodedImages(part, *how) for part in (folder, held_out) if part], {
             "grid_size": img_size // stride, "vocab_size": tokenizer.config.vocab_size, "img_size": img_size,
             "class_names": list(folder.class_names), "tokenizer_digest": state_digest(tokenizer),
+            "names_digest": names_digest(folder.names),
         }
     codes = tokenizer.config.vocab_size if tokenizer else args.vqgan_vocab_size or 16384
     cache = open_token_cache(args.cached_path, vocab_size=codes, img_size=args.img_size or 256)
@@ -141,7 +139,8 @@ def open_source(args, tokenizer, world):
         refuse_changes(args.cached_path, data, given, "give its tokenizer with --vqgan_path")
     train, val = split_cache(cache, args.val_fraction)
     distributed.say(folders.summary(args.cached_path, data["class_names"], train, val))
-    return token_source(train, world.device, resident=args.compile), data
+    how = {"resident": args.compile}
+    return [token_source(part, world.device, **how) for part in (train, val) if part], data
 
 
 def train_config(args, data, num_images, world):
@@ -187,13 +186,13 @@ def train_state(args, config, device):
 def run_training(args, world):
     with cli.checking():
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device) if args.vqgan_path else None
-        source, data = open_source(args, tokenizer, world)
+        sources, data = open_sources(args, tokenizer, world)
         grid_size, img_size, names = data["grid_size"], data["img_size"], data["class_names"]
         cli.check_stated(
             args, vqgan_vocab_size=data["vocab_size"], vqgan_stride=img_size // grid_size, img_size=img_size,
             class_num=len(names),
         )
-        config = train_config(args, data, source.num_images, world)
+        config = train_config(args, data, sources[0].num_images, world)
         state, hooks = train_state(args, config, world.device), []
         if args.sample_freq:
             settings = generation_settings(args, grid_size, 8 * min(10, len(names)))
@@ -202,14 +201,14 @@ def run_training(args, world):
             spec = evaluation_spec(args, state.model, tokenizer, world.device, weights_digest="")
             hooks.append((args.eval_freq, report.evaluation_hook(spec, tokenizer, args.output_dir, world)))
         run = cli.settings_from(RunSettings, args, output_dir=args.output_dir, hooks=tuple(hooks))
-    info = {name: data[name] for name in ("class_names", "img_size", "tokenizer_digest")}
+    info = {name: data[name] for name in ("class_names", "img_size", "tokenizer_digest", "names_digest")}
     with cli.sole_writer("--output_dir", args.output_dir, world):
-        listeners = {"tensorboard": args.tensorboard}
-        listeners["wandb"] = (args.wandb_project, args.wandb_run_name) if args.use_wandb else None
-        log = report.open_log(args.output_dir, config, state.step, world, **listeners)
-        train(state, source, run, world, log, info)
+        wandb = (args.wandb_project, args.wandb_run_name) if args.use_wandb else None
+        listeners = {"tensorboard": args.tensorboard, "wandb": wandb}
+        log = report.start_run(args.output_dir, state, config.num_steps, info, world, **listeners)
+        train(state, sources, run, world, log, info)
         if log:
-            report.plot_loss(args.output_dir, args.model)
+            report.plot_losses(args.output_dir)
 
 
 def run_evaluation(args, world):

@@ -2,19 +2,28 @@
 
     python main_tokenizer.py --data_path data/fashion_mnist --img_size 32 --output_dir output/tokenizer
 
-Run the same command again to resume. Writes tokenizer.safetensors, reconstructions.png and report.json.
+Run the same command again to resume; with more --epochs it goes on from where it ended. Writes
+tokenizer.safetensors, with every checkpoint too, reconstructions.png, loss.png and report.json.
 """
 
-import json
+import dataclasses
 from pathlib import Path
 
+from engine import report
 from engine.checkpoint import LAST
 from engine.loop import LossNotFinite, RunSettings
-from engine.train_tokenizer import TokenizerTrainConfig, evaluate_tokenizer, new_state, train_tokenizer
-from models.vqgan import VQConfig
+from engine.train_tokenizer import (
+    WEIGHTS_FILE,
+    TokenizerTrainConfig,
+    evaluate_tokenizer,
+    new_state,
+    train_tokenizer,
+)
+from models.vqgan import VQConfig, VQModel
 from models.weights import save_weights
 from util import cli, distributed, pictures
-from util.files import write_json
+from util.files import refuse_changes, write_json
+from util.token_cache import names_digest
 
 
 def parse_args(argv=None):
@@ -22,14 +31,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     cli.add_folder_flags(parser)
     add("--output_dir", metavar="DIR")
-    add("--vocab_size", type=cli.number(int, 2, 65536), default=16384)
-    add("--code_dim", type=cli.number(int, 1), default=8)
-    add("--base_width", type=cli.number(int, 32), default=128, help="a multiple of 32")
-    add("--multipliers", type=cli.number(int, 1), nargs="+", default=[1, 1, 2, 2, 4])
-    add("--num_res_blocks", type=cli.number(int, 1), default=2)
-    add("--z_channels", type=cli.number(int, 1), default=256)
+    add("--pretrained_ckpt", metavar="FILE", help="start from these tokenizer weights; their sizes count")
+    for name, default in dataclasses.asdict(VQConfig()).items():
+        several = {"nargs": "+"} if name == "multipliers" else {}
+        shown = " ".join(map(str, default)) if several else default
+        add(f"--{name}", type=cli.number(int, 1, 65536), help=f"default: {shown}", **several)
     cli.add_settings(parser, TokenizerTrainConfig)
-    add("--save_every", type=cli.number(int, 1), default=500, help="steps between checkpoints")
+    add("--save_every", type=cli.number(int, 1), help="steps between checkpoints; default: every 5 minutes")
     cli.add_seed_flag(parser)
     cli.add_device_flags(parser)
     return parser.parse_args(argv)
@@ -42,44 +50,66 @@ def main(argv=None):
     output_dir = cli.writable_folder("--output_dir", args.output_dir)
     with cli.checking():
         world = distributed.init(args.device)
-        config = train_config(args, world)
+        pretrained = VQModel.load(args.pretrained_ckpt)[0] if args.pretrained_ckpt else None
+        model = model_config(args, pretrained)
         folder, held_out = cli.open_folders(args, args.img_size, world)
-        state = new_state(config, world.device)
-        if (output_dir / LAST).exists():
-            state.load(output_dir / LAST, world)
+        state = train_state(args, model, folder, pretrained, world)
+        steps = state.config.num_steps(len(folder))
+        if state.step > steps:
+            raise ValueError(f"--epochs: {output_dir / LAST} has {state.step} steps, more than {steps}")
     with cli.sole_writer("--output_dir", output_dir, world):
         run = RunSettings(output_dir, save_last_freq=args.save_every)
+        data = {"path": args.data_path, "images": len(folder), "names_digest": names_digest(folder.names)}
+        log = report.start_run(output_dir, state, steps, data, world)
         try:
-            train_tokenizer(state, folder, run, world, args.num_workers)
+            train_tokenizer(state, folder, run, world, log, args.num_workers)
         except LossNotFinite as error:
             raise cli.Failure(error) from None
         if world.is_main:
-            write_results(args, state, held_out or folder, output_dir, world)
+            write_results(args, state, (folder, held_out), output_dir, world)
     distributed.finish()
 
 
-def train_config(args, world):
-    """The flags as one checked config."""
-    model = VQConfig(
-        args.vocab_size, args.code_dim, args.base_width, tuple(args.multipliers), args.num_res_blocks,
-        args.z_channels,
-    )
+def model_config(args, pretrained):
+    """The VQConfig of the flags, the rest that of the pretrained model or VQ-16."""
+    base = pretrained.config if pretrained else VQConfig()
+    sizes = {name: getattr(args, name) for name in dataclasses.asdict(base)}
+    stated = {name: value for name, value in sizes.items() if value is not None}
+    model = dataclasses.replace(base, **stated)
+    if pretrained:
+        refuse_changes(args.pretrained_ckpt, dataclasses.asdict(base), stated, "leave that flag out")
     if args.img_size % model.stride:
         raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {model.stride}")
-    batch_size = args.batch_size * world.size
-    return cli.settings_from(TokenizerTrainConfig, args, model=model, batch_size=batch_size, seed=args.seed)
+    return model
 
 
-def write_results(args, state, images, output_dir, world):
-    """Write the weights, and how well they reconstruct images."""
-    report, sheet = evaluate_tokenizer(
-        state.model, images, args.img_size, world.device, num_workers=args.num_workers
+def train_state(args, model, folder, pretrained, world):
+    """The training state: resumed, with pretrained weights, or new."""
+    config = cli.settings_from(
+        TokenizerTrainConfig, args, model=model, batch_size=args.batch_size * world.size, seed=args.seed
     )
-    report |= {"data": str(Path(args.data_path).name), "img_size": args.img_size, "steps": state.step}
+    state, last = new_state(config.for_images(len(folder)), world.device), Path(args.output_dir) / LAST
+    if last.exists():
+        state.load(last, world)
+    elif pretrained:
+        state.model.load_state_dict(pretrained.state_dict())
+    return state
+
+
+def write_results(args, state, folders, output_dir, world):
+    """Write the weights, and how well they reconstruct images: those held out, if there are any."""
+    folder, held_out = folders
+    which = "held-out images" if held_out else "training images"
+    how = {"num_workers": args.num_workers, "title": which}
+    result, sheet = evaluate_tokenizer(state.model, held_out or folder, args.img_size, world.device, **how)
+    facts = {"images": which, "data": Path(args.data_path).name, "img_size": args.img_size}
+    result |= {**facts, "steps": state.step}
     pictures.save_png(output_dir / "reconstructions.png", sheet)
-    save_weights(output_dir / "tokenizer.safetensors", state.model, report=report)
-    write_json(output_dir / "report.json", report)
-    print(json.dumps(report))
+    save_weights(output_dir / WEIGHTS_FILE, state.model, report=result)
+    write_json(output_dir / "report.json", result)
+    report.plot_losses(output_dir, {"training images": "reconstruction"}, "reconstruction, L1 + L2")
+    quality = f"{result['psnr']:.1f} dB PSNR, {result['codebook_use']:.0%} of the codes used"
+    print(f"{output_dir / WEIGHTS_FILE}: {quality} on {result['n']} {which}")
 
 
 if __name__ == "__main__":

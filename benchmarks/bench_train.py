@@ -104,7 +104,7 @@ def measured(args, config, world):
         results[name] = {"seconds_of_first_call": round(first, 2)}
     seconds = seconds_in_turns(calls, world.device, n=args.n, warm_up=2)
     rate = matmul_rate(world.device, torch.bfloat16 if args.bf16 else torch.float32)
-    kinds = [model_operations(config.model, sizes) for sizes in config.schedules]
+    kinds = [model_operations(config.model, sizes) for sizes in config.group_sizes]
     operations = {kind: 3 * mean(k[kind] for k in kinds) for kind in kinds[0]}
     floor = args.batch_size * sum(operations.values()) / rate
     for name, times in seconds.items():

@@ -1,7 +1,7 @@
 """Training state on disk: `checkpoint-last.pth`, the one before it, and numbered ones."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -28,13 +28,11 @@ def save_checkpoint(path, checkpoint):
                 os.link(path, previous)
 
 
-def load_checkpoint(path, config, parts):
+def load_checkpoint(path, parts=()):
     """The dict of a checkpoint, on the CPU; if LAST is damaged, of PREVIOUS, with a warning.
 
-    Args:
-        config: dict of the settings that must be unchanged. parts: keys that the checkpoint must have.
     Raises:
-        ValueError: damaged, other settings, or a part is missing; the message names the file and the setting.
+        ValueError: damaged, or one of `parts` is not in it; the message names the file.
     """
     path, previous = Path(path), Path(path).with_name(PREVIOUS)
     try:
@@ -49,8 +47,20 @@ def load_checkpoint(path, config, parts):
             raise ValueError(
                 f"{path}: no checkpoint of this training, {name} is missing; weights go to --pretrained_ckpt"
             )
-    refuse_changes(path, checkpoint["train_config"], config, REMEDY)
     return checkpoint
+
+
+def recorded_settings(config, saved):
+    """The dict of settings in a checkpoint as the class of `config` writes it today, or as it is if that is
+    impossible. A setting that is newer than the checkpoint has its default."""
+
+    def known(like, values):
+        return type(like)(**{f.name: values[f.name] for f in fields(like) if f.name in values})
+
+    try:
+        return asdict(known(config, {**saved, "model": known(config.model, saved["model"])}))
+    except (LookupError, TypeError, ValueError):
+        return saved
 
 
 def checkpoint_of(state, info, **parts):
@@ -62,9 +72,12 @@ def checkpoint_of(state, info, **parts):
     }
 
 
-def restore(state, path, *parts):
-    """Put a checkpoint back into a training state; returns its dict. Raises as `load_checkpoint`."""
-    checkpoint = load_checkpoint(path, asdict(state.config), ("model", "optimizer", "step", *parts))
+def restore(state, path, *parts, free=()):
+    """Put a checkpoint back into a training state; returns its dict. Settings other than `free` must be
+    those of the checkpoint. Raises ValueError, naming the file and the setting, or as `load_checkpoint`."""
+    checkpoint = load_checkpoint(path, ("model", "optimizer", "step", *parts))
+    now = {name: value for name, value in asdict(state.config).items() if name not in free}
+    refuse_changes(path, recorded_settings(state.config, checkpoint["train_config"]), now, REMEDY)
     load_state(state.model, checkpoint["model"], path)
     saved = checkpoint["optimizer"]
     for group, own in zip(saved["param_groups"], state.optimizer.param_groups, strict=True):

@@ -21,13 +21,15 @@ class ImageStream:
     """The images of a training run: an endless stream of shuffled epochs, cut into steps of `global_batch`.
 
     The order depends on the seed alone, not on the number of processes or on where a run was resumed.
-    `accum_iter` is the number of micro-batches that each process makes of its part of a step.
+    `accum_iter` is the number of micro-batches that each process makes of its part of a step; `no_mirror`
+    makes all views the original.
     """
 
     num_images: int
     seed: int
     global_batch: int
     accum_iter: int = 1
+    no_mirror: bool = False
 
     def images(self, step):
         """Image indices and views (0: original, 1: mirrored) of a step, each int64 [global_batch]."""
@@ -38,7 +40,7 @@ class ImageStream:
             now = epochs == epoch
             permutation, mirrored = _epoch(self.num_images, self.seed, epoch)
             indices[now], views[now] = permutation[offsets[now]], mirrored[offsets[now]]
-        return indices, views
+        return indices, views * (not self.no_mirror)
 
     def micro_batches(self, steps, world):
         """The (indices, views) of this process in each of `steps`, one micro-batch after another."""

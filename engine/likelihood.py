@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: training may go on with the mask that is made here
 def token_nll(model, tokens, labels, order, group_sizes):
     """-log p of every token given the groups before its own, as decoding without guidance would see it.
 

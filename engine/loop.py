@@ -1,6 +1,7 @@
 """The loop of both trainers: signals, checkpoints, non-finite steps, and the log."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from engine.checkpoint import LAST, save_checkpoint
 from engine.data import ImageStream
 from util import distributed
 from util.cli import setting
-from util.device import AsyncScalar
+from util.device import AsyncScalar, peak_memory
 from util.files import write_json
 
+SAVE_SECONDS = 300  # between checkpoints, unless their frequency is given
 MAX_IN_A_ROW = 10  # steps without a usable gradient that end a run
 LAG = 2  # steps after which their count is read: a GPU has it ready by then
 
@@ -34,8 +36,11 @@ class RunSettings:
     hooks: tuple = ()
     accum_iter: int = setting(1, "micro-batches of a step", least=1)
     log_every: int = setting(50, "steps", least=1)
-    save_last_freq: float = setting(5.0, "epochs; 0: only at the end", least=0)
+    save_last_freq: float | None = setting(
+        None, f"epochs; default: every {SAVE_SECONDS // 60} minutes; 0: only at the end", kind=float, least=0
+    )
     save_intermediate_freq: float = setting(0.0, "epochs; 0: never", least=0)
+    val_freq: float = setting(1.0, "epochs between validations; 0: none", least=0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Training:
     take_step: Callable  # () takes one optimizer step, which it counts in `state.step`
     metrics: Callable  # () -> dict of numbers for the log, of the steps since the last call
     checkpoint: Callable  # () -> dict to save
+    validate: Callable | None = None  # () -> dict of numbers of held-out images; the model is as for hooks
     describe: Callable = lambda step: {}  # step -> dict of facts for nonfinite_step.json, beside its images
 
 
@@ -61,9 +67,9 @@ def run_training(state, training, run, world, log):
         LossNotFinite: ten steps in a row had no usable gradient, or weights are non-finite.
     """
 
-    def due(every):
+    def due(every, at_end=False):
         done, before = training.clock(state.step), training.clock(state.step - 1)
-        return every > 0 and math.floor(done / every) > math.floor(before / every)
+        return every > 0 and (at_end or math.floor(done / every) > math.floor(before / every))
 
     def save(name):
         check_weights(state.model)
@@ -71,9 +77,9 @@ def run_training(state, training, run, world, log):
         if world.is_main:
             save_checkpoint(Path(run.output_dir) / name, checkpoint)
 
-    steps, agreed = training.num_steps, distributed.Agreement()
-    bar = tqdm(total=steps, initial=state.step, unit="step", disable=not world.is_main, mininterval=2)
-    with distributed.StopRequest() as request, bar:
+    steps, agreed, timer = training.num_steps, distributed.Agreement(), SaveTimer()
+    progress = Progress(state, training, world, log)
+    with distributed.StopRequest() as request, progress as bar:
         while state.step < steps:
             training.take_step()
             bar.update()
@@ -81,17 +87,18 @@ def run_training(state, training, run, world, log):
             if bad_steps := state.guard.check(state.step, at_end):
                 give_up(bad_steps, state.config.seed, training, run.output_dir, world)
 
-            hooks = [hook for every, hook in run.hooks if due(every) or (at_end and every > 0)]
+            hooks = [hook for every, hook in run.hooks if due(every, at_end)]
+            to_log = state.step % run.log_every == 0
+            timely = to_log and timer.due() if run.save_last_freq is None else due(run.save_last_freq)
             # before hooks too, so that one that fails loses no steps
-            save_last = due(run.save_last_freq) or at_end or stop or hooks
+            save_last = timely or at_end or stop or hooks
             save_numbered = due(run.save_intermediate_freq)
-            if save_last or save_numbered or state.step % run.log_every == 0:
-                values = training.metrics()
-                bar.set_postfix(values)
-                if log:
-                    log.write(state.step, **values)
+            validate = training.validate and due(run.val_freq, at_end)
+            if to_log := to_log or save_last or save_numbered or validate:
+                progress.log_line(validate)
             if save_last:
                 save(LAST)
+                timer.restart()
             if save_numbered:
                 save(f"checkpoint-{math.floor(training.clock(state.step))}.pth")
 
@@ -101,7 +108,81 @@ def run_training(state, training, run, world, log):
             for hook in hooks:
                 with state.averaged():
                     hook(state, log)
+            if to_log:
+                progress.restart_clock()
     distributed.barrier()
+
+
+class SaveTimer:
+    """Says, to all processes alike, when the last checkpoint is SAVE_SECONDS old by one of their clocks."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.start = time.monotonic()
+
+    def due(self):
+        old = time.monotonic() - self.start >= SAVE_SECONDS
+        return bool(distributed.all_sum(torch.tensor(int(old))))
+
+
+class Progress:
+    """The bar and the log of a run, with its images per second (of steps alone) and its GPU memory."""
+
+    def __init__(self, state, training, world, log):
+        self.state, self.training, self.world, self.log, self.shown = state, training, world, log, {}
+        first, total, silent = state.step, training.num_steps, not world.is_main
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=silent, mininterval=2)
+        self.restart_clock()
+
+    def __enter__(self):
+        return self.bar.__enter__()
+
+    def __exit__(self, *error):
+        return self.bar.__exit__(*error)
+
+    def restart_clock(self):
+        self.start, self.first = time.perf_counter(), self.state.step
+
+    def log_line(self, validate):
+        """Log the numbers of the steps since the last line, and of held-out images if `validate`."""
+        values, images = self.training.metrics(), self.training.stream.global_batch
+        seconds = time.perf_counter() - self.start
+        values["images_per_s"] = round(images * (self.state.step - self.first) / seconds, 1)
+        values["skipped"] = int(self.state.guard.skipped)
+        if memory := peak_memory(self.world.device):
+            values["gpu_memory_gib"] = round(memory / 2**30, 2)
+        if validate:
+            with self.state.averaged():
+                values |= self.training.validate()
+        self.shown |= values
+        self.bar.set_postfix(self.shown)
+        if self.log:
+            self.log.write(self.state.step, **values)
+
+
+class RunningMeans:
+    """Means over the steps between two lines of the log and over all processes, skipped steps left out; kept
+    on the device."""
+
+    def __init__(self):
+        self.sums, self.used = {}, 0
+
+    def add(self, used, values):
+        """Count a step's dict of scalars, if `used`, a bool on the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.where(used, 0)
+        self.used = self.used + used
+
+    def read(self, world):
+        """The means as a dict, which is empty if no step was used; starts anew. Every process must call
+        it."""
+        sums, used = torch.stack([*self.sums.values()]), int(self.used)
+        means = distributed.all_sum(sums.float()) / (world.size * max(1, used))
+        names = [*self.sums] if used else []
+        self.__init__()
+        return {name: round(mean, 5) for name, mean in zip(names, means.tolist(), strict=False)}
 
 
 def backward(loss):

@@ -11,30 +11,65 @@ from engine.fast import for_inference
 from engine.generate import generate_images
 from models.weights import state_digest
 from util import pictures
+from util.device import device_name, is_cuda
+from util.distributed import say
 from util.files import value_digest, write_json
-from util.logging import MetricsLog, read_metrics, tensorboard_listener, wandb_listener
+from util.logging import MetricsLog, read_metrics, record_start, tensorboard_listener, wandb_listener
 
 
-def open_log(output_dir, config, step, world, *, tensorboard=False, wandb=None):
-    """Write config.json; returns the MetricsLog of a run that starts or resumes at `step`, None on other
-    processes than the first. `wandb` is a pair (project, run name) or None."""
+def print_facts(facts):
+    """Print a dict as aligned lines, once among all processes."""
+    for name, value in facts.items():
+        say(f"{name:<14}{value}")
+
+
+def model_facts(model, device, *, bf16):
+    """What to print of a model that is used, as a dict: its parameters, the device, the precision."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    threads = "" if is_cuda(device) else f", {torch.get_num_threads()} threads"
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {
+        "model": f"{type(model).__name__}, {parameters:,} parameters",
+        "device": device_name(device) + threads + (f", {processes} processes" if processes > 1 else ""),
+        "precision": "bfloat16" if bf16 else "float32",
+    }
+
+
+def start_run(output_dir, state, steps, data, world, *, tensorboard=False, wandb=None):
+    """Print what a training run is, write config.json and a line of runs.jsonl unless it has finished.
+
+    Args:
+        steps: of the whole run. data: facts about its images, for the record. wandb: (project, run name).
+    Returns:
+        the MetricsLog of a run that starts or resumes at `state.step`; None on all but the first process.
+    """
+    config, facts = state.config, model_facts(state.model, world.device, bf16=state.config.bf16)
+    left = f", {steps - state.step:,} of them left" if state.step else ""
+    print_facts({**facts, "learning rate": f"{config.lr:g}", "steps": f"{steps:,}{left}"})
     if not world.is_main:
         return None
     settings, listeners = dataclasses.asdict(config), []
     write_json(Path(output_dir) / "config.json", settings)
+    if state.step < steps:
+        record_start(output_dir, step=state.step, **facts, processes=world.size, data=data)
     if tensorboard:
         listeners.append(tensorboard_listener(output_dir))
     if wandb:
         listeners.append(wandb_listener(*wandb, settings))
-    return MetricsLog(output_dir, resume_step=step, listeners=listeners)
+    return MetricsLog(output_dir, resume_step=state.step, listeners=listeners)
 
 
-def plot_loss(output_dir, name):
-    """Plot the loss of a run's log into loss.png."""
-    lines = [line for line in read_metrics(output_dir) if "loss" in line]
-    curve = [line["epoch"] for line in lines], [line["loss"] for line in lines]
-    path = Path(output_dir) / "loss.png"
-    pictures.save_curves(path, {name: curve}, xlabel="epoch", ylabel="loss, nats per token")
+LPD_CURVES = {"training images": "loss", "held-out images": "val_loss"}
+
+
+def plot_losses(output_dir, curves=LPD_CURVES, ylabel="loss, nats per token"):
+    """Plot numbers of a run's log over its epochs into loss.png; `curves` is a dict of label -> number."""
+    lines, shown = read_metrics(output_dir), {}
+    for label, name in curves.items():
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        if points:
+            shown[label] = tuple(zip(*points, strict=True))
+    pictures.save_curves(Path(output_dir) / "loss.png", shown, xlabel="epoch", ylabel=ylabel)
 
 
 def sample_hook(settings, tokenizer, output_dir, class_names):
@@ -52,7 +87,8 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
             seed=settings.seed,
         )
         path = Path(output_dir) / "samples" / f"epoch-{state.config.epoch(state.step):07.2f}.png"
-        pictures.save_png(path, pictures.labelled_rows(images.cpu(), rows))
+        scale = max(1, 64 // images.shape[1])
+        pictures.save_png(path, pictures.labelled_rows(images.cpu(), rows, scale=scale))
 
     return save_grid
 

@@ -1,36 +1,41 @@
 """Training of LPD. All draws come from (seed, step), so a resumed run repeats an uninterrupted one."""
 
 import math
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps, own_part
-from engine.loop import NonFiniteGuard, Training, backward, optimizer_step, run_training
+from engine.likelihood import token_nll
+from engine.loop import NonFiniteGuard, RunningMeans, Training, backward, optimizer_step, run_training
 from models.lpd import LPD, Execution, LPDConfig
 from models.weights import save_weights
+from orders.schedule import cosine_group_sizes, in_brief
 from util import distributed
 from util.cli import setting
 from util.device import is_cuda, to_device
 
+VAL_IMAGES = 512  # of a validation
+VAL_TOKENS = 8192  # of one forward pass of a validation
 BLOCK = 64  # consecutive images of a step that share one schedule
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what is learned. `global_batch` is images per optimizer step over all processes
-    and micro-batches; each BLOCK of a step draws one of `schedules`, which are group sizes."""
+    and micro-batches; each BLOCK of a step draws one of `schedules`, numbers of steps or group sizes."""
 
     model: LPDConfig
     num_images: int
-    schedules: tuple[tuple[int, ...], ...]
+    schedules: tuple[int | tuple[int, ...], ...]
     epochs: float = setting(450.0, least=0)
     global_batch: int = 2048
     lr: float = 8e-4
@@ -42,7 +47,22 @@ class TrainConfig:
     grad_clip: float = setting(3.0, "0: none", least=0)
     ema: float = setting(0.0, "decay of the EMA of the weights, such as 0.9999; 0: none", least=0, most=1)
     bf16: bool = setting(False, "bfloat16; default: float32")
+    no_mirror: bool = setting(False, "never mirror images, such as text or flags")
     seed: int = 0
+
+    def __post_init__(self):
+        L = self.model.num_tokens
+        object.__setattr__(self, "schedules", tuple(in_brief(steps, L) for steps in self.schedules))
+        phases = {"constant": [], "cosine": ["warmup_epochs"]}
+        for name in phases.get(self.lr_schedule, ["warmup_epochs", "lr_decay_start_epoch"]):
+            if getattr(self, name) > self.epochs:
+                raise ValueError(f"--{name} {getattr(self, name)} is more than --epochs {self.epochs}")
+
+    @cached_property
+    def group_sizes(self):
+        """The group sizes of each of `schedules`."""
+        L = self.model.num_tokens
+        return tuple(cosine_group_sizes(L, s) if isinstance(s, int) else s for s in self.schedules)
 
     @property
     def num_steps(self):
@@ -129,7 +149,7 @@ def draw_step(config, step):
     num_blocks = math.ceil(config.global_batch / BLOCK)
     choices = torch.randint(len(config.schedules), (num_blocks,), generator=generator).tolist()
     keys = torch.rand(config.global_batch, config.model.num_tokens, generator=generator)
-    return [config.schedules[choice] for choice in choices], keys
+    return [config.group_sizes[choice] for choice in choices], keys
 
 
 def split_blocks(first, count):
@@ -171,58 +191,73 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
     return total, norm
 
 
-class RunningMeans:
-    """Means over the steps between two lines of the log, skipped ones left out; kept on the device."""
-
-    def __init__(self, state, world):
-        self.state, self.world = state, world
-        self._reset()
-
-    def _reset(self):
-        self.loss, self.norm, self.used, self.count, self.start = 0.0, 0.0, 0, 0, time.perf_counter()
-
-    def add(self, loss, norm):
-        used = norm.isfinite()
-        self.loss, self.norm = self.loss + loss.where(used, 0), self.norm + norm.where(used, 0)
-        self.used, self.count = self.used + used, self.count + 1
-
-    def read(self):
-        """The line for the log, as a dict; starts anew. Every process must call it."""
-        config, step = self.state.config, self.state.step
-        loss, used = (distributed.all_sum(self.loss) / self.world.size).item(), int(self.used)
-        norm, seconds = self.norm.item(), time.perf_counter() - self.start
-        values = {
-            "epoch": round(config.epoch(step), 4),
-            **({"loss": round(loss / used, 5), "grad_norm": round(norm / used, 4)} if used else {}),
-            "lr": learning_rate(config, config.epoch(step - 1)),
-            "images_per_s": round(config.global_batch * self.count / seconds, 1),
-            "skipped": int(self.state.guard.skipped),
-        }
-        self._reset()
-        return values
+def plain(model):
+    """An LPD in eval mode that shares the weights of another and computes nothing by compiled functions: with
+    the batch sizes of validation these would be compiled anew."""
+    with torch.device("meta"):
+        other = LPD(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()
 
 
-def train(state, source, run, world, log, info):
-    """Train from `state.step` to the end and write `lpd.safetensors`. `source` is one of engine/data.py,
-    `info` a dict about the training data, saved with the weights; the rest is as in `run_training`."""
-    config, loss_of = state.config, state.model.loss
+def validation(source, config, world):
+    """A function that takes a model in eval mode and returns its mean loss, nats per token, on held-out
+    images: VAL_IMAGES at most, evenly spaced in `source`. Image i always has the same random order and one of
+    the training schedules, and the mean is the same for any number of processes."""
+    count, L = min(VAL_IMAGES, source.num_images), config.model.num_tokens
+    images = np.linspace(0, source.num_images - 1, count).astype(int)
+    orders = torch.rand(count, L, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    kinds, at_a_time = len(config.group_sizes), max(1, VAL_TOKENS // L)
+    parts = [part for k in range(kinds) for part in torch.arange(k, count, kinds).split(at_a_time)]
+    own = [part for part in parts[world.rank :: world.size] if len(part)]
+
+    @cache
+    def batches():
+        return list(source.batches((images[part], np.zeros_like(part)) for part in own))
+
+    @torch.no_grad()
+    def mean_loss(model):
+        model = plain(model)
+        nats = torch.zeros(count, dtype=torch.float64, device=world.device)
+        for part, batch in zip(own, batches(), strict=True):
+            inputs = [to_device(x, world.device) for x in (*batch, orders[part])]
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+                losses = token_nll(model, *inputs, config.group_sizes[part[0] % kinds])  # [b, L]
+            nats[part.to(world.device)] = losses.double().mean(dim=1)
+        return distributed.all_sum(nats).mean().item()
+
+    return mean_loss
+
+
+def train(state, sources, run, world, log, info):
+    """Train from `state.step` to the end and write `lpd.safetensors`. `sources` are those of the training
+    images and of the images held out, if any; `info` is a dict about the data, saved with the weights; the
+    rest is as in `run_training`."""
+    config, loss_of, (source, *held_out) = state.config, state.model.loss, sources
     if world.size > 1:
         loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
     state.model.train()
-    stream = ImageStream(config.num_images, config.seed, config.global_batch, run.accum_iter)
+    mirror = {"no_mirror": config.no_mirror}
+    stream = ImageStream(config.num_images, config.seed, config.global_batch, run.accum_iter, **mirror)
     micro_batches = source.batches(stream.micro_batches(range(state.step, config.num_steps), world))
-    means = RunningMeans(state, world)
+    means, val_loss = RunningMeans(), validation(*held_out, config, world) if held_out else None
 
     def take_step():
-        means.add(*train_step(state, loss_of, world, run.accum_iter, micro_batches))
+        loss, norm = train_step(state, loss_of, world, run.accum_iter, micro_batches)
+        means.add(norm.isfinite(), {"loss": loss, "grad_norm": norm})
+
+    def metrics():
+        lr = learning_rate(config, config.epoch(state.step - 1))
+        return {"epoch": round(config.epoch(state.step), 4), **means.read(world), "lr": lr}
 
     def describe(step):
         lr = learning_rate(config, config.epoch(step))
         return {"group_sizes": draw_step(config, step)[0], "lr": lr}
 
     training = Training(
-        stream, config.num_steps, clock=config.epoch, take_step=take_step, metrics=means.read,
+        stream, config.num_steps, clock=config.epoch, take_step=take_step, metrics=metrics,
         checkpoint=lambda: checkpoint_of(state, info, ema=state.ema), describe=describe,
+        validate=val_loss and (lambda: {"val_loss": round(val_loss(state.model), 5)}),
     )
     run_training(state, training, run, world, log)
     if world.is_main:

@@ -1,7 +1,8 @@
 """Training and evaluation of a VQ tokenizer."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,16 @@ from tqdm import tqdm
 
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps
-from engine.loop import NonFiniteGuard, Training, backward, optimizer_step, run_training
+from engine.loop import NonFiniteGuard, RunningMeans, Training, backward, optimizer_step, run_training
 from models.vqgan import VQConfig, VQModel
+from models.weights import save_weights
 from util import distributed, pictures
 from util.cli import setting
 from util.device import is_cuda
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
-from util.logging import MetricsLog
+
+MIN_STEPS = 2000  # by default
+WEIGHTS_FILE = "tokenizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,29 @@ class TokenizerTrainConfig:
 
     model: VQConfig
     img_size: int = setting(256, "pixels", least=1)
-    epochs: float = setting(2.0, least=0)
+    epochs: float = setting(None, f"default: 2, or as many as make {MIN_STEPS} steps", kind=float, least=0)
     batch_size: int = setting(64, "per process", least=1)
     lr: float = setting(1e-3, least=0)
-    warmup_steps: int = setting(100, least=0)
+    warmup_steps: int = setting(None, "default: 100, at most a tenth of all steps", kind=int, least=0)
     weight_decay: float = 0.0
     commitment: float = 0.25
     revive_every: int = 50
     bf16: bool = setting(False, "bfloat16; default: float32")
+    no_mirror: bool = setting(False, "never mirror images, such as text or flags")
     seed: int = 0
+
+    def for_images(self, num_images):
+        """These settings with the defaults of epochs and warmup_steps for that many images filled in."""
+        epochs, warmup_steps = self.epochs, self.warmup_steps
+        if epochs is None:
+            epochs = max(2.0, MIN_STEPS * self.batch_size / num_images)
+        if warmup_steps is None:
+            warmup_steps = min(100, num_steps(num_images, epochs, self.batch_size) // 10)
+        return replace(self, epochs=epochs, warmup_steps=warmup_steps)
+
+    def num_steps(self, num_images):
+        """Steps of the whole run on that many images."""
+        return num_steps(num_images, self.epochs, self.batch_size)
 
 
 @dataclass
@@ -48,8 +66,9 @@ class TokenizerState:
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
 
     def load(self, path, world):
-        """Resume from a checkpoint. Raises ValueError if it is damaged or was made with other settings."""
-        checkpoint = restore(self, path, "code_use")
+        """Resume from a checkpoint; more epochs than it was made with continue the run. Raises ValueError if
+        it is damaged or was made with other settings."""
+        checkpoint = restore(self, path, "code_use", free=("epochs", "warmup_steps"))
         if world.is_main:  # it is a sum over all processes, and will be summed again
             self.code_use.copy_(checkpoint["code_use"])
 
@@ -107,53 +126,57 @@ def train_step(state, model, pixels, steps):
     Args:
         model: `state.model`, or DDP around it. pixels: float32 [B, 3, H, W] in [-1, 1].
     Returns:
-        dict of scalars on the device: the losses, and the share of codes used since the last revival.
+        dict of scalars on the device: the losses, the norm of the gradient before clipping, and the share of
+        codes used since the last revival.
     """
     config = state.config
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.bf16):
         reconstruction, latents, codes, tokens = model(pixels)
     parts = losses(pixels, reconstruction, latents, codes, config.commitment)
     backward(sum(parts.values()))
-    optimizer_step(state, learning_rate(config, state.step, steps), max_norm=1.0)
+    norm = optimizer_step(state, learning_rate(config, state.step, steps), max_norm=1.0)
     state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
     values = {name: value.detach() for name, value in parts.items()}
-    values["codebook_use"] = (state.code_use > 0).float().mean()
+    values |= {"grad_norm": norm, "codebook_use": (state.code_use > 0).float().mean()}
     # Late in training the codes must stay where the decoder expects them.
     if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
         revive_dead_codes(state, latents)
     return values
 
 
-def train_tokenizer(state, folder, run, world, num_workers=0):
-    """Train from `state.step` to the end; `run` is a RunSettings whose frequencies count steps. Raises
-    UnreadableImage, naming the file, and what `run_training` raises."""
-    config, last_values = state.config, {}
-    steps = num_steps(len(folder), config.epochs, config.batch_size)
-    stream = ImageStream(len(folder), config.seed, config.batch_size)
+def train_tokenizer(state, folder, run, world, log, num_workers=0):
+    """Train from `state.step` to the end; `run` is a RunSettings whose frequencies count steps. Weights are
+    written with every checkpoint. Raises UnreadableImage, naming the file, and what `run_training` raises."""
+    config, means = state.config, RunningMeans()
+    steps = config.num_steps(len(folder))
+    stream = ImageStream(len(folder), config.seed, config.batch_size, no_mirror=config.no_mirror)
     plan = stream.micro_batches(range(state.step, steps), world)
     loader = image_loader(folder, config.img_size, plan, num_workers)
     pixels = (to_unit(readable_pixels(items)[1]).to(world.device) for items in loader)
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
-    log = MetricsLog(run.output_dir, resume_step=state.step) if world.is_main else None
 
     def take_step():
-        last_values.update(train_step(state, model, next(pixels), steps))
+        values = train_step(state, model, next(pixels), steps)
+        means.add(values["grad_norm"].isfinite(), values)
 
     def metrics():
-        values = {name: round(value.item(), 5) for name, value in last_values.items()}
-        lr = state.optimizer.param_groups[0]["lr"]
-        return {**values, "lr": lr, "skipped": int(state.guard.skipped)}
+        epoch = round(state.step * config.batch_size / len(folder), 4)
+        return {"epoch": epoch, **means.read(world), "lr": state.optimizer.param_groups[0]["lr"]}
+
+    def checkpoint():
+        if world.is_main:
+            save_weights(Path(run.output_dir) / WEIGHTS_FILE, state.model, img_size=config.img_size)
+        return checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone()))
 
     training = Training(
-        stream, steps, clock=lambda step: step, take_step=take_step, metrics=metrics,
-        checkpoint=lambda: checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone())),
+        stream, steps, clock=lambda step: step, take_step=take_step, metrics=metrics, checkpoint=checkpoint
     )
     run_training(state, training, run, world, log)
 
 
 @torch.inference_mode()
-def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_workers=0):
+def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_workers=0, title=None):
     """Reconstruct a folder of images.
 
     Returns:
@@ -164,7 +187,8 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
     loader = image_loader(folder, img_size, in_order(range(len(folder)), batch_size), num_workers)
     used = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     psnrs, pairs, every = [], [], max(1, len(folder) // 8)
-    for items in tqdm(loader, unit="batch", desc="reconstruct", mininterval=2):
+    total = -(-len(folder) // batch_size)
+    for items in tqdm(loader, total=total, unit="batch", desc="reconstruct", mininterval=2):
         indices, images = readable_pixels(items)
         pixels = to_unit(images).to(device)
         tokens = model.encode(pixels)
@@ -174,6 +198,7 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
         psnrs.append(10 * torch.log10(255**2 / error.clamp(min=1e-9)))
         pairs += [(before[k], after[k]) for k, index in enumerate(indices) if index % every == 0]
     images = torch.stack([image for row in zip(*pairs[:8], strict=True) for image in row]).numpy()
-    sheet = pictures.labelled_rows(images, ["original", "decoded"], scale=max(1, 96 // img_size))
+    scale = max(1, 96 // img_size)
+    sheet = pictures.labelled_rows(images, ["original", "decoded"], scale=scale, title=title)
     psnr, use = torch.cat(psnrs).mean().item(), used.float().mean().item()
     return {"n": len(folder), "psnr": psnr, "codebook_use": use}, sheet

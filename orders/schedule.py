@@ -48,6 +48,15 @@ def check_group_sizes(group_sizes, num_tokens):
     return sizes
 
 
+def in_brief(schedule, num_tokens):
+    """The number of steps of `cosine_group_sizes` that make this schedule, else the schedule as a tuple."""
+    if isinstance(schedule, int):
+        return schedule
+    sizes, steps = tuple(schedule), len(schedule)
+    possible = 1 < steps <= num_tokens or num_tokens == 1
+    return steps if possible and sizes == cosine_group_sizes(num_tokens, steps) else sizes
+
+
 def training_steps(num_tokens):
     """The step counts that training draws from, in falling order.
 

@@ -60,7 +60,8 @@ def training_settings(info):
     """Rows about the training run, without the model's config."""
     rows = {name: value for name, value in info.get("train_config", {}).items() if name != "model"}
     if "schedules" in rows:
-        rows["schedules"] = f"of {', '.join(str(len(sizes)) for sizes in rows['schedules'])} steps"
+        steps = (str(s if isinstance(s, int) else len(s)) for s in rows["schedules"])
+        rows["schedules"] = f"of {', '.join(steps)} steps"
     return rows
 
 

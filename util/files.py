@@ -6,12 +6,16 @@ import glob
 import hashlib
 import json
 import os
+import re
 import socket
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+SHOWN = 80  # characters of a value in a message
+_NEXT_LINE = re.compile(r"\n\s*")
 
 
 def _umask():
@@ -83,9 +87,11 @@ def sole_writer(folder):
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, atomically."""
+    """Write a value as indented JSON, a list of plain values on one line, atomically."""
+    text = json.dumps(value, indent=2)
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda plain: f"[{re.sub(_NEXT_LINE, ' ', plain[1])}]", text)
     with atomic(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.write_text(text + "\n")
 
 
 def read_json(path):
@@ -122,20 +128,35 @@ def refuse_changes(path, saved, now, remedy):
     Raises:
         ValueError: naming the first field that differs, both values, and the remedy.
     """
-    for name, (before, value) in _fields(saved, json.loads(json.dumps(now))):
-        if before != value:
-            raise ValueError(
-                f"{path} was made with {name} {str(before)[:80]}, now it is {str(value)[:80]}: {remedy}"
-            )
+    for name, before, value in _differences("", _plain(saved), _plain(now)):
+        raise ValueError(f"{path} was made with {name} {_short(before)}, now it is {_short(value)}: {remedy}")
 
 
-def _fields(saved, now, prefix=""):
-    saved = json.loads(json.dumps(saved)) if isinstance(saved, dict) else {}
-    for name, value in now.items():
-        if isinstance(value, dict):
-            yield from _fields(saved.get(name), value, f"{prefix}{name}.")
+def _plain(value):
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differences(name, saved, now):
+    """(name, before, now) of each field that differs. Of two dicts, and of two lists too long to be shown,
+    these are their parts."""
+    if isinstance(now, dict):
+        for key, value in now.items():
+            before = saved.get(key) if isinstance(saved, dict) else None
+            yield from _differences(f"{name}.{key}" if name else key, before, value)
+    elif saved != now:
+        lists = isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now)
+        if lists and len(str(now)) > SHOWN:
+            for i, pair in enumerate(zip(saved, now, strict=True)):
+                yield from _differences(f"{name}[{i}]", *pair)
         else:
-            yield prefix + name, (saved.get(name), value)
+            yield name, saved, now
+
+
+def _short(value):
+    text = str(value)
+    if len(text) <= SHOWN:
+        return text
+    return f"{len(value)} values" if isinstance(value, (list, dict)) else text[:SHOWN]
 
 
 @contextmanager

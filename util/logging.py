@@ -1,9 +1,18 @@
-"""The log of a run: `metrics.jsonl` first, TensorBoard and wandb as optional listeners."""
+"""The log of a run: `metrics.jsonl` first, TensorBoard and wandb as optional listeners; and `runs.jsonl`:
+what was started, where, by which command, with which versions."""
 
 import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 from util.files import atomic
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
 class MetricsLog:
@@ -54,3 +63,25 @@ def wandb_listener(project, name, config):
 
     run = wandb.init(project=project, name=name, config=config)
     return lambda step, values: run.log(values, step=step)
+
+
+def git_commit():
+    """The commit of this repository, with -dirty after it if files differ; "unknown" outside of git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+    try:
+        return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record_start(folder, **facts):
+    """Append to FOLDER/runs.jsonl the time, command line, commit and versions of this run, and `facts`."""
+    line = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv), "directory": str(Path.cwd()), "commit": git_commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": platform.node(), **facts,
+    }
+    with (Path(folder) / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -19,10 +19,9 @@ import engine.train
 from engine import loop
 from engine.data import ImageStream, own_part
 from engine.generate import generate_tokens
-from engine.loop import NonFiniteGuard
+from engine.loop import NonFiniteGuard, RunningMeans
 from engine.sampling import Sampling
 from engine.train import (
-    RunningMeans,
     TrainConfig,
     draw_step,
     learning_rate,
@@ -100,7 +99,7 @@ def test_every_image_draws_its_own_order_and_every_schedule_occurs():
     """In 60 steps a schedule is missed with probability 3 (2/3)^60 < 1e-10."""
     schedules, keys = zip(*(draw_step(CONFIG, step) for step in range(60)), strict=True)
     assert len(torch.cat(keys).argsort(dim=1).unique(dim=0)) == 240
-    assert {group_sizes for (group_sizes,) in schedules} == set(CONFIG.schedules)
+    assert {group_sizes for (group_sizes,) in schedules} == set(CONFIG.group_sizes)
 
 
 def test_every_block_of_64_images_draws_its_own_schedule():
@@ -135,7 +134,7 @@ def test_four_images_are_learned_by_heart_and_greedy_decoding_returns_them():
     assert losses[0] > 2.5 and max(losses[-20:]) < 0.1
     tokens, labels = four_images()
     order = draw_step(CONFIG, 12345)[1].argsort(dim=1)
-    for group_sizes in CONFIG.schedules:
+    for group_sizes in CONFIG.group_sizes:
         decoded = generate_tokens(state.model.eval(), labels, order, group_sizes, Sampling(temperature=0))
         assert torch.equal(decoded, tokens)
 
@@ -257,11 +256,12 @@ def test_a_step_reads_nothing_back_from_the_device(monkeypatch):
     config = dataclasses.replace(CONFIG, ema=0.9, model=dataclasses.replace(MODEL, label_drop_prob=0.1))
     state, draws = new_state(config, ALONE.device, fused=True), draw_step(CONFIG, 0)
     monkeypatch.setattr(engine.train, "draw_step", lambda *_: draws)
-    means, batch = RunningMeans(state, ALONE), iter([four_images()])
+    means, batch = RunningMeans(), iter([four_images()])
     with HostReads() as reads:
-        means.add(*train_step(state, state.model.loss, ALONE, 1, batch))
+        loss, norm = train_step(state, state.model.loss, ALONE, 1, batch)
+        means.add(norm.isfinite(), {"loss": loss, "grad_norm": norm})
         assert reads.seen == []
-        means.read()
+        means.read(ALONE)
     assert reads.seen
 
 

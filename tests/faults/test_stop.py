@@ -181,7 +181,7 @@ def eventful(tmp_path_factory):
     """Training on two processes, of which the second alone has a bad loss in step 2, a signal in step 5."""
     folder = tmp_path_factory.mktemp("eventful")
     (folder / "train.py").write_text(EVENTFUL)
-    flags = train_flags(folder / "run", batch_size=2, save_last_freq=0)
+    flags = train_flags(folder / "run", batch_size=2, save_last_freq=0, val_freq=0)
     return folder, helpers.agent(2, folder / "train.py", folder / "seen", *flags)
 
 
@@ -215,7 +215,7 @@ def test_resumed_on_another_number_of_processes_each_image_comes_once_per_epoch(
             yield indices, views
 
     monkeypatch.setattr(ImageStream, "micro_batches", micro_batches)
-    finished(call("lpd", *train_flags(folder / "run", batch_size=4, save_last_freq=0)))
+    finished(call("lpd", *train_flags(folder / "run", batch_size=4, save_last_freq=0, val_freq=0)))
     assert images == [image for step in range(18) for image in ImageStream(TRAIN, 0, 4).images(step)[0]]
 
 

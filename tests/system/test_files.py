@@ -81,8 +81,8 @@ def test_unreadable_json_is_refused_by_name(tmp_path, content):
         files.read_json(tmp_path / "a.json")
 
 
-SAVED = {"model": {"depth": 3, "sizes": [1, 2]}, "lr": 0.1, "old": True}
-NOW = {"model": {"depth": 3, "sizes": (1, 2)}, "lr": 0.1}
+SAVED = {"model": {"depth": 3, "sizes": [1, 2]}, "lr": 0.1, "long": [*range(99)], "old": True}
+NOW = {"model": {"depth": 3, "sizes": (1, 2)}, "lr": 0.1, "long": [*range(99)]}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,9 @@ NOW = {"model": {"depth": 3, "sizes": (1, 2)}, "lr": 0.1}
         ({"lr": 0.2}, "run was made with lr 0.1, now it is 0.2: give another folder"),
         ({"model": {"depth": 4}}, "made with model.depth 3, now it is 4"),
         ({"model": {"sizes": (1,)}}, r"made with model.sizes \[1, 2\], now it is \[1\]"),
+        ({"model": {"wide": True}}, "made with model.wide None, now it is True"),
+        ({"long": [*range(98), 7]}, r"made with long\[98\] 98, now it is 7"),
+        ({"long": [1]}, r"made with long 99 values, now it is \[1\]"),
         ({"new": "x" * 999}, f"made with new None, now it is {'x' * 80}: "),
     ],
 )
@@ -99,6 +102,13 @@ def test_changed_settings_are_refused_by_the_name_of_the_field(change, message):
     files.refuse_changes("run", SAVED, NOW, "give another folder")
     with pytest.raises(ValueError, match=message):
         files.refuse_changes("run", SAVED, {**NOW, **change}, "give another folder")
+
+
+def test_json_has_lists_of_plain_values_on_one_line(tmp_path):
+    value = {"steps": [256, 128], "nested": [[1, 2], [{"a": []}]], "text": "[\n1,\n2]"}
+    files.write_json(tmp_path / "a.json", value)
+    assert '"steps": [256, 128],' in (tmp_path / "a.json").read_text()
+    assert files.read_json(tmp_path / "a.json") == value
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)

@@ -160,7 +160,7 @@ def test_hooks_are_called_when_due_and_at_the_end_with_averaged_weights(tmp_path
 
     source = type("Source", (), {"batches": lambda self, plan: (four_images() for _ in plan)})()
     run = RunSettings(tmp_path, hooks=((2, hook), (7, hook), (0, hook)), save_intermediate_freq=2)
-    train(state, source, run, ALONE, MetricsLog(tmp_path), {"about": "the data"})
+    train(state, [source], run, ALONE, MetricsLog(tmp_path), {"about": "the data"})
     assert calls == [4, 8, 10, 10]
     numbered = {path.name: read_pth(path)["step"] for path in tmp_path.glob("checkpoint-[0-9].pth")}
     assert numbered == {"checkpoint-2.pth": 4, "checkpoint-4.pth": 8}
@@ -255,11 +255,11 @@ def damage(path, how):
 def test_previous_checkpoint_replaces_a_damaged_last_one_with_a_warning(how, tmp_path, capsys):
     path = tmp_path / LAST
     save_twice(path)
-    assert load_checkpoint(path, {"seed": 0}, ())["step"] == 2 and capsys.readouterr().err == ""
+    assert load_checkpoint(path)["step"] == 2 and capsys.readouterr().err == ""
     damage(path, how)
-    assert load_checkpoint(path, {"seed": 0}, ())["step"] == 1
+    assert load_checkpoint(path)["step"] == 1
     message = capsys.readouterr().err
     assert str(path) in message and f"resuming from {tmp_path / PREVIOUS}" in message
     damage(tmp_path / PREVIOUS, how)
     with pytest.raises(ValueError, match=PREVIOUS):
-        load_checkpoint(path, {"seed": 0}, ())
+        load_checkpoint(path)

@@ -1,0 +1,135 @@
+"""What training says of a run and of images it does not learn from: validation loss, record, continuation."""
+
+import dataclasses
+import json
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import ALONE, CONFIG, call, finished, picture, tokenizer_flags, torchrun, train_flags
+
+from engine.checkpoint import LAST, recorded_settings
+from engine.data import ImageStream
+from engine.likelihood import token_nll
+from engine.train import TrainConfig, new_state, validation
+from engine.train_tokenizer import TokenizerTrainConfig
+from models.vqgan import VQModel
+from models.weights import read_pth
+from util.files import read_json
+from util.logging import read_metrics
+
+
+class Source:
+    """Twelve images of 16 tokens in four classes."""
+
+    num_images = 12
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 16, (12, 16)))
+    labels = torch.arange(12) % 4
+
+    def batches(self, plan):
+        for indices, _ in plan:
+            yield self.tokens[indices], self.labels[indices]
+
+
+def test_validation_loss_is_the_likelihood_of_each_image_by_a_schedule_of_its_own():
+    """Image i has schedule i modulo their number, and the i-th of fixed random orders."""
+    model = new_state(CONFIG, ALONE.device).model.eval()
+    orders = torch.rand(12, 16, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    expected = [
+        token_nll(model, *(x[i : i + 1] for x in (Source.tokens, Source.labels, orders)), sizes).mean().item()
+        for i, sizes in enumerate(CONFIG.group_sizes * 4)
+    ]
+    found = validation(Source(), CONFIG, ALONE)(model)
+    assert found == pytest.approx(np.mean(expected), abs=1e-5)
+    worlds = [dataclasses.replace(ALONE, rank=rank, size=5) for rank in range(5)]
+    parts = [validation(Source(), CONFIG, world)(model) for world in worlds]
+    assert sum(parts) == pytest.approx(found, abs=1e-12)  # each is its share, the rest zeros
+
+
+def test_validation_loss_is_logged_plotted_and_the_same_on_two_processes(tmp_path):
+    flags = {"epochs": 1, "lr": 0, "proj_dropout": 0, "val_freq": 0.5}
+    finished(torchrun(2, "lpd", *train_flags(tmp_path / "two", batch_size=2, **flags)))
+    finished(call("lpd", *train_flags(tmp_path / "one", batch_size=4, **flags)))
+    one, two = ([line.get("val_loss") for line in read_metrics(tmp_path / run)] for run in ("one", "two"))
+    assert one == two and [value is not None for value in one] == [False, False, True, False, True]
+    assert picture(tmp_path / "one/loss.png").std() > 0
+
+
+def test_validation_does_not_change_what_is_learned(tmp_path):
+    flags = {"epochs": 1, "ema": 0.9}
+    for freq in (0, 0.2):
+        finished(call("lpd", *train_flags(tmp_path / f"{freq}", val_freq=freq, **flags)))
+    first, second = (read_pth(tmp_path / f"{freq}" / LAST) for freq in (0, 0.2))
+    assert helpers.same(first, second)
+
+
+def test_unmirrored_stream_is_the_same_stream_of_originals():
+    mirrored, plain = (ImageStream(50, 0, 40, no_mirror=no_mirror) for no_mirror in (False, True))
+    (indices, views), (same_indices, originals) = mirrored.images(3), plain.images(3)
+    assert np.array_equal(indices, same_indices) and views.any() and not originals.any()
+
+
+# What a run folder keeps.
+
+
+def test_run_is_described_at_its_start_and_in_its_folder(tmp_path):
+    out = finished(call("lpd", *train_flags(tmp_path, epochs=1, bf16=True))).out
+    for words in ("parameters", "cpu", "bfloat16", "learning rate 0.001", "steps         5"):
+        assert words in out
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert line["step"] == 0 and line["precision"] == "bfloat16" and line["data"]["names_digest"]
+    assert line["versions"]["torch"] and line["commit"] and line["command"] and line["device"]
+    config = (tmp_path / "config.json").read_text()
+    assert config.count("\n") < 40 and read_json(tmp_path / "config.json")["schedules"] == [16, 8, 4]
+
+
+def test_settings_of_an_old_checkpoint_are_read_as_written_today():
+    """Before, schedules were written out, and there was no `no_mirror`."""
+    old = dataclasses.asdict(CONFIG) | {"schedules": CONFIG.group_sizes}
+    del old["no_mirror"]
+    assert recorded_settings(CONFIG, old) == dataclasses.asdict(CONFIG)
+    assert recorded_settings(CONFIG, {"seed": 3}) == {"seed": 3}
+
+
+def test_schedules_are_kept_as_numbers_of_steps_where_these_say_it_all():
+    schedules = (8, (1,) * 16, (1, 3, 4, 8), (1, 15))
+    config = TrainConfig(CONFIG.model, 4, schedules, epochs=450)
+    assert config.schedules == (8, 16, (1, 3, 4, 8), 2)
+    assert [sum(sizes) for sizes in config.group_sizes] == [16] * 4
+
+
+# Tokenizers.
+
+
+def test_tokenizer_has_weights_with_its_checkpoint_and_continues_for_more_epochs(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("main_tokenizer.write_results", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            call("tokenizer", *tokenizer_flags(tmp_path))
+    state, weights = read_pth(tmp_path / LAST), VQModel.load(tmp_path / "tokenizer.safetensors")[0]
+    assert state["step"] == 3 and helpers.same(state["model"], dict(weights.state_dict()))
+    finished(call("tokenizer", *tokenizer_flags(tmp_path, epochs=2)))
+    assert [line["step"] for line in read_metrics(tmp_path)][-1] == read_pth(tmp_path / LAST)["step"] == 6
+    outcome = call("tokenizer", *tokenizer_flags(tmp_path, epochs=1))
+    assert outcome.status == 2 and "has 6 steps, more than 3" in outcome.err
+    starts = [json.loads(line)["step"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert starts == [0, 3]
+
+
+def test_tokenizer_trains_2000_steps_where_two_epochs_are_fewer():
+    config = TokenizerTrainConfig(helpers.VQ, batch_size=64)
+    assert config.for_images(1569).num_steps(1569) == 2000
+    assert config.for_images(1_281_167).num_steps(1_281_167) == -(-2 * 1_281_167 // 64)
+    assert dataclasses.replace(config, epochs=4.0).for_images(1569).warmup_steps == 9
+
+
+def test_tokenizer_starts_from_weights_whose_sizes_count(tmp_path):
+    sizes = dict.fromkeys(("vocab_size", "base_width", "multipliers", "num_res_blocks", "z_channels"))
+    flags = {**sizes, "pretrained_ckpt": helpers.tokenizer(), "lr": 0}
+    finished(call("tokenizer", *tokenizer_flags(tmp_path / "a", **flags)))
+    expected, _ = VQModel.load(helpers.tokenizer())
+    found, _ = VQModel.load(tmp_path / "a/tokenizer.safetensors")
+    assert helpers.same(dict(found.encoder.state_dict()), dict(expected.encoder.state_dict()))
+    outcome = call("tokenizer", *tokenizer_flags(tmp_path / "b", **{**flags, "vocab_size": 32}))
+    assert outcome.status == 2 and "made with vocab_size 64, now it is 32" in outcome.err
