@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from engine.fast import FastDecoder, FastGenerator
+from engine.fast import FastDecoder, FastGenerator, packed
 from engine.generate import generate_images, generate_tokens, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
@@ -88,7 +88,7 @@ def load(args, device):
 
 def make_paths(args, model, tokenizer, decoder):
     """The functions to time, by name; each takes the arguments of `generate_tokens` after the model."""
-    fast = FastGenerator(model, decoder)
+    fast = FastGenerator(packed(model), decoder)
     paths = {"fast tokens": fast.generate_tokens, "fast images": fast.generate_images}
     if args.against:
         paths["plain tokens"] = partial(generate_tokens, model)

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 import numpy as np
 
 from demo.session import Request, Session, Worker, edit, generate
+from engine.fast import for_inference
 from engine.generate import default_steps, load_pair
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import ORDER_KINDS
@@ -56,7 +57,7 @@ def load(args):
         img_size=model.config.grid_size * tokenizer.config.stride,
     )
     names = tuple(cli.class_names(args, model.config.num_classes, info))
-    return Session(model.to(device), tokenizer.to(device), names, device)
+    return Session(*for_inference(model, tokenizer, device), names, device)
 
 
 def check_port(host, port):

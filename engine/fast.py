@@ -1,8 +1,8 @@
-"""Fast paths: compiled training blocks, decoding as one CUDA graph, and inference in bfloat16.
+"""Fast paths: compiled training blocks, decoding as one CUDA graph, and models prepared for inference.
 
 `--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW (engine/train.py).
-Results equal those of the plain code up to rounding. On a CPU nothing is captured; the linears are packed
-instead.
+Results equal those of the plain code up to rounding. On a CPU nothing is captured; there `for_inference`
+packs the linears, which is all that can be gained (benchmarks/LOG.md).
 """
 
 import copy
@@ -52,15 +52,14 @@ class FastGenerator:
 
     Once batch, group sizes and sampling are fixed, all shapes are: the whole trajectory (steps, draws, and
     the decoder if images are asked for) is captured at the first call, then replayed. A smaller batch is
-    padded to a captured one. Weights are captured by address: they must not move, nor, on a CPU, change.
+    padded to a captured one. Weights are captured by address: they must not move.
 
     `tokenizer` may be a `FastDecoder`. Beyond `capacity` trajectories the least recently used is dropped.
     `capture` turns a function without arguments into its replay.
     """
 
     def __init__(self, model, tokenizer=None, *, capacity=8, capture=None):
-        self.plain = model
-        self.model = packed(model) if model.pos_embed.device.type == "cpu" else model
+        self.model = model
         self.tokenizer = tokenizer
         self.capacity = capacity
         self.capture = capture or GraphCapture(model.pos_embed.device)
@@ -69,13 +68,13 @@ class FastGenerator:
     def generate_tokens(self, *inputs, **options):
         """As `engine.generate.generate_tokens`, without the model."""
         if PLAIN_ONLY & options.keys():
-            return generate_tokens(self.plain, *inputs, **options)
+            return generate_tokens(self.model, *inputs, **options)
         return self._replay(False, *inputs, **options)
 
     def generate_images(self, *inputs, **options):
         """As `engine.generate.generate_images`, without the model and the tokenizer."""
         if PLAIN_ONLY & options.keys():
-            return generate_images(self.plain, self.tokenizer, *inputs, **options)
+            return generate_images(self.model, self.tokenizer, *inputs, **options)
         return self._replay(True, *inputs, **options)
 
     @torch.inference_mode()
@@ -114,7 +113,7 @@ class FastGenerator:
 
 class PackedLinear(nn.Module):
     """An `nn.Linear` for inference on a CPU, its weight in oneDNN's layout, on which a plain product of few
-    rows spends a third of its time. These operators are the ones that torch.compile's CPU code calls."""
+    rows spends a third of its time or more. Its operators are those of torch.compile's CPU code."""
 
     def __init__(self, weight, bias, rows=32):
         super().__init__()
@@ -125,14 +124,26 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
 
+def can_pack(dtype):
+    """Whether `PackedLinear` works here: oneDNN may be missing or not know the dtype on this CPU, and the
+    operators are private (the same from torch 2.6.0 to 2.15.0)."""
+    identity = torch.eye(2, dtype=dtype)
+    try:
+        return torch.equal(PackedLinear(identity, None)(identity), identity)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
 def packed(model):
-    """A copy of a model with packed linears (where torch has oneDNN) that shares all other weights."""
+    """On a CPU a copy of a model with packed linears, which shares all other weights; where none can be
+    packed, the model."""
+    if model.pos_embed.device.type != "cpu" or not can_pack(model.head.weight.dtype):
+        return model
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
-    if torch.backends.mkldnn.is_available():
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child.weight, child.bias))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
     return model
 
 
@@ -140,14 +151,14 @@ def for_inference(model, tokenizer, device, *, bf16=False, compiled=False):
     """The model and the decoder of its tokenizer on a device, in the precision of all programs.
 
     With `bf16`, linears and decoder compute in bfloat16, LayerNorms, the residual stream and the conversion
-    to bytes in float32: as near to float32 as autocast (docs/evaluation.md).
+    to bytes in float32: as near to float32 as autocast (docs/evaluation.md). On a CPU the linears are packed.
     """
     model, tokenizer = model.to(device), tokenizer.to(device)
     if bf16:
         model.bf16_linears()
-    if not (bf16 or compiled):
-        return model, tokenizer
-    return model, FastDecoder(tokenizer, torch.bfloat16 if bf16 else torch.float32)
+    if bf16 or compiled:
+        tokenizer = FastDecoder(tokenizer, torch.bfloat16 if bf16 else torch.float32)
+    return packed(model), tokenizer
 
 
 class FastDecoder:

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.layers import MLP, attend
+from models.layers import MLP, attend, attend_in_products
 from models.lpd import LPD, NO_LABEL, Execution, resize_pos_embed
-from models.masks import training_mask
+from models.masks import cached_training_mask
 from orders.lpd_order import make_orders
 from orders.schedule import cosine_group_sizes
 
@@ -58,19 +58,23 @@ def test_a_full_kv_cache_refuses_more_rows(tiny_lpd):
 # layers
 
 
-@pytest.mark.parametrize("mask", [None, training_mask(GROUPS)], ids=["unmasked", "masked"])
-def test_plain_attention_equals_the_fused_one_with_gradients(mask):
-    """1e-5: fp32, values and gradients of size 1. With gradients enabled, a CPU takes the plain path."""
+@pytest.mark.parametrize("attention, dtype, tolerance", [
+    (attend, torch.float32, 1e-5), (attend_in_products, torch.float32, 1e-5), (attend, torch.bfloat16, 0.06),
+])
+def test_attention_on_a_cpu_equals_one_fused_call_with_gradients(attention, dtype, tolerance):
+    """Values and gradients of size 1 to 4, summed in another order; in bfloat16 a few roundings of 2^-8."""
     generator = torch.Generator().manual_seed(0)
-    fused_in = [torch.randn(2, 4, 32, 8, generator=generator, requires_grad=True) for _ in range(3)]
-    plain_in = [x.detach().clone().requires_grad_() for x in fused_in]
-    fused, plain = F.scaled_dot_product_attention(*fused_in, attn_mask=mask), attend(*plain_in, mask)
+    inputs = [torch.randn(2, 4, 32, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    fused_in = [x.detach().clone().requires_grad_() for x in inputs]
+    mask = cached_training_mask(GROUPS, torch.device("cpu"), torch.float32)
+    out = attention(*(x.to(dtype) for x in inputs), mask.to(dtype))
+    fused = F.scaled_dot_product_attention(*fused_in, attn_mask=mask)
     weights = torch.randn(fused.shape, generator=generator)
-    for out in (fused, plain):
-        (out * weights).sum().backward()
-    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-5)
-    for a, b in zip(plain_in, fused_in, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+    for result in (out, fused):
+        (result.float() * weights).sum().backward()
+    torch.testing.assert_close(out.float(), fused, rtol=0, atol=tolerance)
+    for a, b in zip(inputs, fused_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=tolerance)
 
 
 def test_the_activation_is_the_exact_gelu():

@@ -6,10 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import bench_generate
-from engine.fast import FastDecoder, FastGenerator, compiled_execution, packed
+from engine.fast import (
+    FastDecoder,
+    FastGenerator,
+    PackedLinear,
+    can_pack,
+    compiled_execution,
+    for_inference,
+    packed,
+)
 from engine.generate import generate_images, generate_tokens
 from engine.sampling import Sampling
 from models.lpd import LPD, Execution
@@ -117,6 +126,37 @@ def test_logits_of_packed_linears_and_of_bfloat16(tiny_lpd):
     assert torch.equal(first_logits(tiny_lpd), expected)
     half = packed(copy.deepcopy(tiny_lpd).bfloat16())
     assert (first_logits(half) - expected).abs().max() < 2**-4 * expected.std()
+
+
+def num_plain_linears(model):
+    return sum(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def frames(model, **options):
+    """The tokens of three images after each group, [groups, B, L]."""
+    (labels, order, _), seen = examples(3), []
+    generate_tokens(model, labels, order, **options, on_group=lambda tokens, _: seen.append(tokens.clone()))
+    return torch.stack(seen)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN")
+def test_on_a_cpu_all_generation_takes_packed_linears_and_gives_the_same(tiny_lpd, tiny_vq):
+    model, tokenizer = for_inference(tiny_lpd, tiny_vq, CPU)
+    assert num_plain_linears(model) == 0 and num_plain_linears(tiny_lpd) == 9 and tokenizer is tiny_vq
+    known = torch.arange(12).view(3, 4)
+    for edit in ({"group_sizes": GROUPS}, {"group_sizes": GROUPS[2:], "known": known}):
+        assert torch.equal(frames(model, **edit), frames(tiny_lpd, **edit))
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_without_the_private_operators_linears_stay_as_they_are(monkeypatch, tiny_lpd, tiny_vq, error):
+    """An operator that is missing, or refuses the dtype on this CPU."""
+    def refuse(*_):
+        raise error("no such operator")
+
+    monkeypatch.setattr(PackedLinear, "forward", refuse)
+    model, _ = for_inference(tiny_lpd, tiny_vq, CPU)
+    assert not can_pack(torch.float32) and num_plain_linears(model) == 9
 
 
 def test_fast_decoder_gives_the_pixels_of_the_tokenizer(tiny_vq):
