@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import ImageColor
 
 from util import files, folders
-from util.distributed import Stopped, is_peer_failure, say
+from util.distributed import Stopped, ending_workers, is_peer_failure, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
 
@@ -136,7 +136,10 @@ def add_seed_flag(parser):
 def add_device_flags(parser):
     """--device and --num_workers."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
-    parser.add_argument("--num_workers", type=number(int, 0), default=4, help="processes that read images")
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parser.add_argument(
+        "--num_workers", type=number(int, 0), default=max(1, min(4, cores)), help="processes that read images"
+    )
 
 
 def colour(text):
@@ -362,7 +365,8 @@ def run(main):
     """Run a program's `main()` and end the process with its exit status; errors that users cause, and failing
     disks, are one line without a traceback."""
     try:
-        main()
+        with ending_workers():
+            main()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", file=sys.stderr)

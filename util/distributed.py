@@ -3,9 +3,13 @@
 Everything works alike for a single process without torchrun.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,6 +40,8 @@ def init(device_name="auto"):
     if "RANK" not in os.environ:
         return World(0, 1, device)
     if not torch.distributed.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot stop its processes
+            _follow(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
         # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -141,7 +147,39 @@ class StopRequest:
             signal.raise_signal(self.number)
 
 
-def ignore_stop_signals(*_):
-    """Leave the stop signals to the parent process; for worker processes."""
+# Processes that must not outlive another.
+
+
+def _follow(parent, act):
+    """Call `act()` once this process has lost the parent process of that id, from a thread of its own."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker(*_):
+    """Begin a worker process that reads images: it leaves stop signals to its parent process, and ends when
+    that is gone, whatever it is doing.
+
+    Without this a worker whose parent was killed stays for ever once the pipe to it is full: the thread that
+    writes waits for a reader, of which the worker itself holds an end, and the worker for that thread.
+    """
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    _follow(multiprocessing.parent_process().pid, lambda: os._exit(1))
+
+
+@contextmanager
+def ending_workers():
+    """If the code inside fails or is interrupted, worker processes end at once, even while reading."""
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as lost
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise

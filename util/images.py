@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 
-from util.distributed import ignore_stop_signals
+from util.distributed import start_worker
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # PIL goes by a file's contents, not its name, and would run PostScript: only these formats are opened.
@@ -146,7 +146,7 @@ def image_loader(folder, size, batches, num_workers):
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
     return torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
-        generator=torch.Generator(), worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(), worker_init_fn=start_worker,
     )
 
 
