@@ -57,6 +57,7 @@ LPD_CONFIGS = {
     "lpd_xxl": LPDConfig(embed_dim=1536, depth=48, num_heads=24),  # 1.4 B
     "lpd_small": LPDConfig(embed_dim=384, depth=11, num_heads=6),  # 20 M in the blocks: small data on a GPU
     "lpd_tiny": LPDConfig(embed_dim=192, depth=7, num_heads=6),  # 3 M in the blocks: small data on a CPU
+    "lpd_micro": LPDConfig(embed_dim=128, depth=4, num_heads=2),  # 0.8 M in the blocks: 256 tokens on a CPU
 }
 
 

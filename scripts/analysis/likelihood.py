@@ -1,0 +1,244 @@
+"""What an order and a schedule cost: bits of held-out images, decoded in groups, paired image by image.
+
+    python scripts/analysis/likelihood.py --pretrained_ckpt FILE --cached_path DIR --output_dir OUT \\
+        --orders halton lpd random --steps 4 8 16
+
+Every combination is measured once and kept in OUT; to resume, run the same again. Under torchrun the
+processes share the combinations. There is no guidance: it defines no likelihood.
+"""
+
+import csv
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.generate import resolve_settings
+from engine.likelihood import token_nll
+from models.weights import state_digest
+from orders.lpd_order import ORDER_KINDS
+from scripts.analysis import images
+from util import cli, distributed
+from util.files import atomic, read_arrays, read_json, refuse_changes, value_digest, write_json
+from util.pictures import save_curves
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An order made for `steps` and decoded in `decoded` steps: as many, or one token at a time."""
+
+    order: str  # a kind of order or the path of an order file
+    steps: int
+    decoded: int
+    proximity: float | None = None  # None: the order has no thresholds
+    repulsion: float | None = None
+
+    @property
+    def rule(self):
+        if self.proximity is None:
+            return Path(self.order).stem
+        return f"{self.order} p{self.proximity:g} r{self.repulsion:g}"
+
+    def file(self, folder):
+        return Path(folder, f"{self.rule.replace(' ', '_')}_{self.steps}_{self.decoded}.npz")
+
+    def generation(self, grid_size, num_images, seed):
+        """The `GenerationSettings` with the schedule that the order is made for."""
+        is_file = self.order not in ORDER_KINDS
+        return resolve_settings(
+            grid_size, seed=seed, num_images=num_images, generation_steps=self.steps,
+            order="raster" if is_file else self.order, lpd_order_file=self.order if is_file else None,
+            proximity_threshold=self.proximity or 0.0, repulsion_threshold=self.repulsion or 0.0,
+        )
+
+    def sequential(self, num_tokens):
+        """The same order, decoded one token at a time; most orders do not depend on the schedule."""
+        steps = num_tokens if self.proximity is None else self.steps
+        return Setting(self.order, steps, num_tokens, self.proximity, self.repulsion)
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description="Bits of held-out images by order and number of steps")
+    images.add_flags(parser)
+    add = parser.add_argument
+    add("--output_dir", metavar="DIR")
+    add("--orders", nargs="+", default=["halton", "lpd", "random"], metavar="ORDER",
+        help=f"{', '.join(ORDER_KINDS)}, or order files; the first is what the others are compared with")
+    add("--steps", type=cli.number(int, 1), nargs="+", default=[4, 8, 16])
+    add("--proximity_threshold", type=cli.number(float, 0), nargs="+", default=[1.0], help="of lpd")
+    add("--repulsion_threshold", type=cli.number(float, 0), nargs="+", default=[1.0], help="of lpd")
+    add("--batch_size", type=cli.number(int, 1), default=32)
+    cli.add_seed_flag(parser)
+    return parser.parse_args(argv)
+
+
+def settings_of(args):
+    """The settings of the flags. At a proximity threshold of inf no cell is near, and repulsion has no say."""
+    found = []
+    for order, steps in itertools.product(args.orders, args.steps):
+        thresholds = [(None, None)]
+        if order == "lpd":
+            thresholds = itertools.product(args.proximity_threshold, args.repulsion_threshold)
+        for proximity, repulsion in thresholds:
+            repulsion = 0.0 if proximity == math.inf else repulsion
+            found.append(Setting(order, steps, steps, proximity, repulsion))
+    return list(dict.fromkeys(found))
+
+
+def measure(model, data, setting, args):
+    """Bits float32 [n, L] of the images' tokens in generation order, and the orders int64 [n, L].
+
+    Image i has order i of (seed, i), so the numbers do not depend on the batch, but for rounding.
+    """
+    tokens, labels = data
+    plan = setting.generation(model.config.grid_size, len(tokens), args.seed)
+    orders = plan.orders(np.arange(len(tokens)))
+    sizes = plan.group_sizes if setting.decoded == setting.steps else (1,) * tokens.shape[1]
+    device = model.pos_embed.device
+    rows = [
+        token_nll(model, *(part.to(device) for part in batch), sizes).cpu()
+        for batch in zip(*(x.split(args.batch_size) for x in (tokens, labels, orders)), strict=True)
+    ]
+    return torch.cat(rows).numpy() / math.log(2), orders.numpy()
+
+
+def measure_all(model, data, settings, args, world):
+    """Measure what OUT does not have yet; each process takes its share and writes one file a setting."""
+    todo = [setting for setting in settings if not setting.file(args.output_dir).exists()]
+    for setting in todo[world.rank :: world.size]:
+        bits, orders = measure(model, data, setting, args)
+        with atomic(setting.file(args.output_dir)) as partial, partial.open("wb") as file:
+            np.savez(file, bits=bits, orders=orders.astype(np.uint16))
+        print(f"{setting.rule}, {setting.decoded} steps: {bits.sum(axis=1).mean():.1f} bits", flush=True)
+    distributed.barrier()
+
+
+def mean_and_error(values):
+    """Mean and standard error of values [n]."""
+    return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))
+
+
+def summarise(settings, bits, num_tokens):
+    """One row (dict) for each setting. `bits` [n] by setting, also for the same orders one token at a time.
+
+    Every difference is paired image by image: to the first order in as many steps, and
+    the price against the best sequential order as its two parts, `order` (the same order one token at a
+    time, against the best) and `parallelism` (in groups, against one token at a time).
+    """
+    best = min((s for s in bits if s.decoded == num_tokens), key=lambda s: bits[s].mean())
+    reference = {s.steps: s for s in reversed(settings)}  # the first of each number of steps
+    rows = []
+    for setting in settings:
+        own, alone = bits[setting], bits[setting.sequential(num_tokens)]
+        row = {"rule": setting.rule, "steps": setting.steps, "images": len(own)}
+        row["bits_per_token"] = own.mean().item() / num_tokens
+        for name, values in (
+            ("bits", own), ("difference", own - bits[reference[setting.steps]]), ("price", own - bits[best]),
+            ("order", alone - bits[best]), ("parallelism", own - alone),
+        ):
+            row[name], row[f"{name}_error"] = mean_and_error(values)
+        rows.append(row)
+    return rows
+
+
+def print_table(rows):
+    names = ("bits", "difference", "price", "order", "parallelism")
+    print(f"{'rule':>16} {'steps':>5} " + " ".join(name.rjust(15) for name in names))
+    for row in rows:
+        cells = (f"{row[name]:+8.2f} ± {row[f'{name}_error']:.2f}".rjust(15) for name in names)
+        print(f"{row['rule']:>16} {row['steps']:5d} " + " ".join(cells))
+
+
+def write_table(folder, rows):
+    write_json(Path(folder, "likelihood.json"), rows)
+    with atomic(Path(folder, "likelihood.csv")) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def by_position(bits, orders):
+    """Mean bits of each raster position, [g, g], from bits and orders [n, L]."""
+    raster = np.empty_like(bits)
+    np.put_along_axis(raster, orders.astype(np.int64), bits, axis=1)
+    return raster.mean(axis=0).reshape(math.isqrt(bits.shape[1]), -1)
+
+
+def draw(folder, rows, settings):
+    """bits_by_steps.png, bits_by_slot.png and bits_by_position.png in the folder."""
+    from matplotlib.figure import Figure
+
+    curves = {}
+    for row in rows:
+        curves.setdefault(row["rule"], []).append((row["steps"], row["price"], row["price_error"]))
+    curves = {rule: tuple(zip(*sorted(points), strict=True)) for rule, points in curves.items()}
+    label = f"bits an image above the best\nsequential order, {rows[0]['images']} images"
+    save_curves(Path(folder, "bits_by_steps.png"), curves, xlabel="steps", ylabel=label)
+
+    rules, steps = (list(dict.fromkeys(getattr(s, name) for s in settings)) for name in ("rule", "steps"))
+    slots = Figure(figsize=(4 * len(steps), 3.2), layout="constrained")
+    maps = Figure(figsize=(1.9 * len(steps) + 1, 1.9 * len(rules)), layout="constrained")
+    axes = slots.subplots(1, len(steps), squeeze=False, sharey=True)[0]
+    panels = maps.subplots(len(rules), len(steps), squeeze=False)
+    arrays = {s: read_arrays(s.file(folder), ["bits", "orders"]) for s in settings}
+    grids = {s: by_position(**array) for s, array in arrays.items()}
+    top = max(grid.max() for grid in grids.values())
+    for setting, grid in grids.items():
+        column = steps.index(setting.steps)
+        axes[column].plot(arrays[setting]["bits"].mean(axis=0), label=setting.rule, linewidth=1)
+        axes[column].set(title=f"{setting.steps} steps", xlabel="slot")
+        panel = panels[rules.index(setting.rule), column]
+        drawn = panel.imshow(grid, vmin=0, vmax=top)
+        panel.set(xticks=[], yticks=[], title=f"{setting.rule}, {setting.steps}")
+    axes[0].set(ylabel="bits of the token at a slot")
+    axes[-1].legend(fontsize=8)
+    maps.colorbar(drawn, ax=panels, label="bits at a position", shrink=0.6)
+    for figure, name in ((slots, "bits_by_slot.png"), (maps, "bits_by_position.png")):
+        with atomic(Path(folder, name)) as partial:
+            figure.savefig(partial, format="png", dpi=110)
+
+
+def record_settings(args, model, tokens):
+    """Refuse to mix measurements of other weights, images or seeds in one folder."""
+    path = Path(args.output_dir, "settings.json")
+    now = {
+        "weights": state_digest(model), "images": value_digest(tokens.tolist()), "seed": args.seed,
+        "num_images": len(tokens),
+    }
+    if path.exists():
+        refuse_changes(path, read_json(path), now, "give another --output_dir")
+    return path, now
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with cli.checking():
+        cli.required(args, "output_dir")
+        cli.writable_folder("--output_dir", args.output_dir)
+        world = distributed.init(args.device)
+        model, *data = images.load(args, world.device)
+        num_tokens = model.config.num_tokens
+        settings = settings_of(args)
+        for setting in settings:
+            setting.generation(model.config.grid_size, args.num_images, args.seed)
+        path, facts = record_settings(args, model, data[0])
+    with cli.sole_writer("--output_dir", args.output_dir, world):
+        if world.is_main:
+            write_json(path, facts)
+        needed = dict.fromkeys(s for own in settings for s in (own, own.sequential(num_tokens)))
+        measure_all(model, data, needed, args, world)
+        if world.is_main:
+            bits = {s: read_arrays(s.file(args.output_dir), ["bits"])["bits"] for s in needed}
+            bits = {s: values.sum(axis=1, dtype=np.float64) for s, values in bits.items()}
+            rows = summarise(settings, bits, num_tokens)
+            write_table(args.output_dir, rows)
+            draw(args.output_dir, rows, settings)
+            print_table(rows)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)
