@@ -76,7 +76,7 @@ def parse_args(argv=None):
 
 
 def settings_of(args):
-    """The settings of the flags. At a proximity threshold of inf no cell is near, and repulsion has no say."""
+    """The settings of the flags. At a proximity threshold of inf no cell is near: repulsion has no say."""
     found = []
     for order, steps in itertools.product(args.orders, args.steps):
         thresholds = [(None, None)]
