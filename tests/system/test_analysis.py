@@ -1,0 +1,98 @@
+"""The analysis programs, on the shared small run: 4x4 tokens."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import ON_CPU, call_main, contents, finished, images, token_cache, tokenizer, trained, words_of
+
+from engine.likelihood import token_nll
+from models.lpd import LPD
+from orders.lpd_order import make_orders
+from orders.schedule import cosine_group_sizes
+from scripts.analysis import likelihood
+from util.files import read_arrays, read_json
+from util.token_cache import TokenCache
+
+
+def likelihood_flags(output_dir, **changes):
+    flags = {
+        "pretrained_ckpt": trained() / "lpd.safetensors", "cached_path": token_cache(), "num_images": 6,
+        "output_dir": output_dir, "orders": ["halton", "lpd"], "steps": [3, 5],
+    }
+    return [*words_of({**flags, **changes}), *ON_CPU]
+
+
+def rows_of(folder):
+    with (folder / "likelihood.csv").open() as file:
+        return {(row["rule"], int(row["steps"])): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("likelihood")
+    finished(call_main(likelihood.main, *likelihood_flags(folder)))
+    return folder
+
+
+def test_bits_are_those_of_token_nll_on_evenly_spaced_images(measured):
+    """1e-4 bits of about 100: fp32, another batch."""
+    model = LPD.load(trained() / "lpd.safetensors")[0]
+    cache, indices = TokenCache(token_cache()), np.arange(6) * 3
+    sizes = cosine_group_sizes(16, 3)
+    orders = make_orders("lpd", 6, sizes, 4)
+    tokens, labels = cache.tokens(indices, 0 * indices), cache.labels[indices]
+    inputs = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, labels, orders))
+    found = read_arrays(measured / "lpd_p1_r1_3_3.npz")
+    assert read_json(measured / "likelihood.json")[2]["rule"] == "lpd p1 r1"
+    assert np.array_equal(found["orders"], orders)
+    bits = token_nll(model, *inputs, sizes).numpy() / math.log(2)
+    np.testing.assert_allclose(found["bits"], bits, atol=1e-4)
+
+
+def test_the_price_is_that_of_the_order_plus_that_of_parallelism(measured):
+    rows = rows_of(measured)
+    assert set(rows) == {(rule, steps) for rule in ("halton", "lpd p1 r1") for steps in (3, 5)}
+    assert float(rows["halton", 3]["difference"]) == 0
+    assert float(rows["lpd p1 r1", 3]["difference"]) == pytest.approx(
+        float(rows["lpd p1 r1", 3]["bits"]) - float(rows["halton", 3]["bits"])
+    )
+    for row in rows.values():
+        price, order, parallelism = (float(row[name]) for name in ("price", "order", "parallelism"))
+        assert price == pytest.approx(order + parallelism)
+    assert min(float(row["order"]) for row in rows.values()) >= 0  # against the best of these
+
+
+def test_a_second_run_measures_only_what_is_missing_and_refuses_other_images(measured):
+    before = contents(measured)
+    again = finished(call_main(likelihood.main, *likelihood_flags(measured, steps=[3, 4, 5])))
+    assert " 4 steps: " in again.out and " 3 steps: " not in again.out
+    kept = {name: digest for name, digest in before.items() if name.endswith("npz")}
+    assert kept.items() <= contents(measured).items()
+    refused = call_main(likelihood.main, *likelihood_flags(measured, num_images=7))
+    assert refused.status == 2 and "images" in refused.err and "--output_dir" in refused.err
+
+
+def test_images_from_files_are_those_of_the_cache(measured, tmp_path):
+    """1e-3 bits: the tokens are equal, other batches."""
+    flags = {"cached_path": None, "data_path": images() / "train", "vqgan_path": tokenizer(), "steps": [3]}
+    finished(call_main(likelihood.main, *likelihood_flags(tmp_path / "files", **flags)))
+    for key, row in rows_of(tmp_path / "files").items():
+        assert float(row["bits"]) == pytest.approx(float(rows_of(measured)[key]["bits"]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"cached_path": None}, "--cached_path"),
+        ({"num_images": 19}, "--num_images 19: there are 18"),
+        ({"steps": [17]}, "17 steps for 16 tokens"),
+        ({"orders": ["missing.npy"]}, "missing.npy"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(changes, message, tmp_path):
+    outcome = call_main(likelihood.main, *likelihood_flags(tmp_path / "out", **changes))
+    assert outcome.status == 2 and message in outcome.err
+    assert not (tmp_path / "out").exists()
