@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.fused import FusedSteps
 from engine.generate import decode_steps, decoding_inputs, generate_images, generate_tokens
 from engine.sampling import Sampling
 from models.lpd import NO_LABEL, Execution
@@ -34,8 +35,10 @@ def run_block(block, x, mask):
 def compiled_execution(config, device, *, bf16=False, grad_checkpointing=False, backend="inductor"):
     """The `Execution` of a training pass with compiled blocks, chunked logits, and the fastest form of mask.
 
-    The mask is an argument of the compiled function, so all layers and schedules share it.
+    The mask is an argument of the compiled function, so all layers and schedules share it. DDP must not cut
+    it into pieces: each block is a graph of its own, so gradients are exchanged meanwhile all the same.
     """
+    torch._dynamo.config.optimize_ddp = False
     mask = cached_training_mask
     if is_cuda(device):
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -55,14 +58,17 @@ class FastGenerator:
     padded to a captured one. Weights are captured by address: they must not move.
 
     `tokenizer` may be a `FastDecoder`. Beyond `capacity` trajectories the least recently used is dropped.
-    `capture` turns a function without arguments into its replay.
+    `capture` turns a function without arguments into its replay. `fused` is as `FusedSteps`, which is the
+    default on a GPU; without it the steps are those of `decode_steps`.
     """
 
-    def __init__(self, model, tokenizer=None, *, capacity=8, capture=None):
+    def __init__(self, model, tokenizer=None, *, capacity=8, capture=None, fused=None):
+        device = model.pos_embed.device
         self.model = model
+        self.fused = fused or (FusedSteps if is_cuda(device) else None)
         self.tokenizer = tokenizer
         self.capacity = capacity
-        self.capture = capture or GraphCapture(model.pos_embed.device)
+        self.capture = capture or GraphCapture(device)
         self.trajectories = OrderedDict()  # (batch, settings) -> (inputs, replay), the last used at the end
 
     def generate_tokens(self, *inputs, **options):
@@ -104,8 +110,12 @@ class FastGenerator:
             torch.zeros(batch, 2, dtype=torch.int64, device=device),
         )
 
+        steps = partial(decode_steps, self.model, group_sizes=group_sizes, sampling=sampling)
+        if self.fused:
+            steps = self.fused(self.model, group_sizes, sampling)
+
         def generate():
-            tokens = decode_steps(self.model, inputs, group_sizes, sampling)
+            tokens = steps(inputs)
             return to_uint8(self.tokenizer.decode(tokens)) if decode else tokens
 
         return inputs, self.capture(generate)
@@ -157,7 +167,8 @@ def for_inference(model, tokenizer, device, *, bf16=False, compiled=False):
     if bf16:
         model.bf16_linears()
     if bf16 or compiled:
-        tokenizer = FastDecoder(tokenizer, torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        tokenizer = FastDecoder(tokenizer, dtype, fused=compiled and is_cuda(device))
     return packed(model), tokenizer
 
 
@@ -165,7 +176,8 @@ class FastDecoder:
     """A copy of a `VQModel`'s decoder for inference in another dtype; `decode` as there, float32 out.
 
     Codes pass normalisation and `post_quant_conv` once, into a table; channels come last in memory, as
-    convolutions in bfloat16 want them. `fused` compiles it, which takes a minute at the first call.
+    convolutions in bfloat16 want them. `fused` compiles it for all batches, which takes a minute at the first
+    call, and again for one image alone.
     """
 
     def __init__(self, tokenizer, dtype=torch.bfloat16, *, fused=False):
@@ -175,9 +187,12 @@ class FastDecoder:
             codes = F.normalize(tokenizer.quantize.embedding.weight, dim=-1)  # [V, e]
             self.table = F.linear(codes, project.weight.flatten(1), project.bias).to(dtype)  # [V, z_channels]
         decoder = copy.deepcopy(tokenizer.decoder).to(dtype=dtype, memory_format=torch.channels_last)
-        self.decoder = torch.compile(decoder, dynamic=False) if fused else decoder
+        self.fused = fused
+        self.decoder = torch.compile(decoder) if fused else decoder
 
     def decode(self, tokens):
         """tokens int64 [B, L] in raster order, of a square image -> pixels [B, 3, H, W], about [-1, 1]."""
         z = F.embedding(as_square(tokens), self.table)  # [B, h, w, z_channels]
+        if self.fused:
+            torch._dynamo.maybe_mark_dynamic(z, 0)
         return self.decoder(z.permute(0, 3, 1, 2)).float()

@@ -98,28 +98,29 @@ def keep_top_k(logits, k):
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-def keep_top_p(logits, p):
+def keep_top_p(logits, p, step=1):
     """Logits [..., V] with -inf outside the smallest set of likeliest codes whose probability reaches p.
 
-    Ties with the least likely of them are kept. The threshold is found bit by bit, in 30 sums: no sort.
+    Ties with the least likely of them are kept. The threshold is found `step` of its 30 bits at a time, in
+    2^step - 1 sums each: no sort. A compiled caller reads the logits once for all sums of a step.
     """
     if p >= 1:
         return logits
     probability = logits.softmax(dim=-1)
     bits = probability.view(torch.int32)  # positive floats are ordered as their bits are
     threshold = torch.zeros_like(bits[..., :1])  # grows to the largest with which enough is kept
-    for bit in reversed(range(30)):  # 1.0 is below 2^30
-        higher = threshold | 1 << bit
-        enough = probability.masked_fill(bits < higher, 0).sum(dim=-1, keepdim=True) >= p
-        threshold = torch.where(enough, higher, threshold)
+    for shift in reversed(range(0, 30, step)):  # 1.0 is below 2^30
+        higher = [threshold + (digit << shift) for digit in range(1, 2**step)]
+        kept = [probability.masked_fill(bits < least, 0).sum(dim=-1, keepdim=True) for least in higher]
+        threshold = threshold + (sum(mass >= p for mass in kept) << shift)
     threshold = torch.minimum(threshold, bits.amax(dim=-1, keepdim=True))  # p = 0 keeps the likeliest
     return logits.masked_fill(bits < threshold, float("-inf"))
 
 
-def sample(logits, noise, sampling):
+def sample(logits, noise, sampling, step=1):
     """Draw ids int64 [B, n] from softmax(logits / temperature), cut to top-k, then top-p (Gumbel-max trick);
-    logits and noise float32 [B, n, V], at temperature 0 without noise."""
+    logits and noise float32 [B, n, V], at temperature 0 without noise. `step` as of `keep_top_p`."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p, step)
     return (logits + noise).argmax(dim=-1)

@@ -1,6 +1,7 @@
 """The fast path gives what the plain one gives, and is captured and compiled as seldom as it promises."""
 
 import copy
+import dataclasses
 import json
 from functools import partial
 
@@ -19,6 +20,7 @@ from engine.fast import (
     for_inference,
     packed,
 )
+from engine.fused import FusedSteps, step_mask
 from engine.generate import generate_images, generate_tokens
 from engine.sampling import Sampling
 from models.lpd import LPD, Execution
@@ -57,6 +59,14 @@ def fast(tiny_lpd, tiny_vq):
     return FastGenerator(tiny_lpd, tiny_vq, capacity=3, capture=CountingCapture())
 
 
+@pytest.fixture
+def counted():
+    """A backend that counts compilations; it only traces, which takes seconds less."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
 # Generation.
 
 
@@ -76,6 +86,39 @@ def check_batches(model, fast, sampling):
 def test_fast_tokens_are_the_plain_ones(tiny_lpd, fast, sampling):
     check_batches(tiny_lpd, fast, sampling)
     assert fast.capture.captured == 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_fused_steps_give_the_plain_tokens(tiny_lpd, sampling):
+    fast = FastGenerator(tiny_lpd, capture=CountingCapture(), fused=FusedSteps)
+    with torch.compiler.set_stance("force_eager"):
+        check_batches(tiny_lpd, fast, sampling)
+
+
+def test_fused_steps_compile_once_for_all_layers_and_few_times_for_all_group_sizes(tiny_lpd):
+    """Another depth compiles nothing; a schedule only sizes of 1 and new classes of size."""
+    torch._dynamo.reset()
+    counted, counts = CompileCounterWithBackend("eager"), []
+    for depth, steps in ((2, 5), (2, 9), (6, 5), (6, 9)):
+        model = LPD(dataclasses.replace(tiny_lpd.config, depth=depth)).eval()
+        fast = FastGenerator(model, fused=partial(FusedSteps, backend=counted))
+        order = torch.rand(20, 16).argsort(dim=1)
+        fast.generate_tokens(torch.zeros(20).long(), order, cosine_group_sizes(16, steps), Sampling(cfg=2.0))
+        counts.append(counted.frame_count)
+    torch._dynamo.reset()
+    assert counts[-1] == counts[1] <= 12
+
+
+def test_a_mask_row_of_context_sees_no_query():
+    expected = [[0, 0, 0, -1, -1], [0, 0, 0, -1, -1], [0] * 5, [0] * 5]  # -1: -inf
+    mask = step_mask(2, 2, 5, torch.float32, CPU)
+    assert mask.stride() == (8, 1) and mask.clamp(min=-1).tolist() == expected
+
+
+@pytest.mark.slow
+def test_fused_steps_as_inductor_compiles_them_give_the_plain_tokens(tiny_lpd):
+    sampling = Sampling(cfg=3.0, top_k=20, top_p=0.9)
+    check_batches(tiny_lpd, FastGenerator(tiny_lpd, capture=CountingCapture(), fused=FusedSteps), sampling)
 
 
 def test_fast_images_are_the_plain_ones(tiny_lpd, tiny_vq, fast):
@@ -173,15 +216,7 @@ def test_fast_decoder_gives_the_pixels_of_the_tokenizer(tiny_vq):
         assert torch.equal(tiny_vq.decode(tokens), expected)  # the tokenizer is as before
 
 
-# Training. The tracing backend replaces the compiling one, which takes seconds more.
-
-
-@pytest.fixture
-def counted():
-    """A backend that counts compilations."""
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
+# Training.
 
 
 def gradients(plain, execution, group_sizes, device=CPU):
