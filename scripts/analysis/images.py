@@ -8,15 +8,19 @@ from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQModel
 from models.weights import state_digest
 from util import cli
-from util.images import image_loader, in_order, list_images, readable_pixels, split_folder
-from util.token_cache import open_token_cache
+from util.folders import list_images, split_folder
+from util.images import image_loader, in_order, readable_pixels
+from util.token_cache import open_token_cache, split_cache
 
 
 def add_flags(parser):
     """The weights and the images; for `load`."""
     cli.add_weights_flags(parser, LPD_CONFIGS)
-    parser.add_argument("--cached_path", metavar="DIR", help="token cache of held-out images")
-    parser.add_argument("--data_path", metavar="DIR", help="or images in DIR/val/CLASS or DIR/CLASS")
+    parser.add_argument("--cached_path", metavar="DIR", help="token cache")
+    parser.add_argument("--data_path", metavar="DIR", help="or images: DIR/CLASS or DIR/val/CLASS")
+    parser.add_argument(
+        "--split", choices=["val", "train", "all"], default="val", help="val: those held out of training"
+    )
     parser.add_argument("--num_images", type=cli.number(int, 2), default=1000, help="spaced evenly")
     cli.add_device_flags(parser)
 
@@ -42,17 +46,21 @@ def load(args, device):
     return model.to(device), torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def _spaced(count, num_images):
-    if count < num_images:
-        raise ValueError(f"--num_images {num_images}: there are {count}")
-    return np.arange(num_images) * count // num_images
+def _part(args, train, val):
+    """The chosen split, and the indices of images evenly spaced in it."""
+    part = val if args.split == "val" else train
+    count = len(part) if part else 0
+    if count < args.num_images:
+        raise ValueError(f"--num_images {args.num_images}: --split {args.split} has {count}")
+    return part, np.arange(args.num_images) * count // args.num_images
 
 
 def _from_cache(args, model, device):
     config = model.config
     img_size = args.img_size or 16 * config.grid_size
     cache = open_token_cache(args.cached_path, vocab_size=config.vocab_size, img_size=img_size)
-    indices = _spaced(len(cache), args.num_images)
+    parts = (cache, None) if args.split == "all" else split_cache(cache)
+    cache, indices = _part(args, *parts)
     tokens = cache.tokens(indices, np.zeros_like(indices))
     return tokens, cache.labels[indices], cache.meta.class_names, cache.meta.tokenizer_digest
 
@@ -61,8 +69,8 @@ def _from_files(args, model, device):
     cli.required(args, "vqgan_path")
     tokenizer, _ = VQModel.load(args.vqgan_path)
     tokenizer = tokenizer.to(device)
-    folder = list_images(split_folder(args.data_path, "val"))
-    indices = _spaced(len(folder), args.num_images)
+    parts = (list_images(args.data_path), None) if args.split == "all" else split_folder(args.data_path)
+    folder, indices = _part(args, *parts)
     size = model.config.grid_size * tokenizer.config.stride
     loader = image_loader(folder, size, in_order(indices, 64), args.num_workers)
     parts = [encode_views(tokenizer, readable_pixels(items)[1], device)[:, 0].cpu() for items in loader]

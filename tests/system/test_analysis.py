@@ -20,7 +20,7 @@ from util.token_cache import TokenCache
 def likelihood_flags(output_dir, **changes):
     flags = {
         "pretrained_ckpt": trained() / "lpd.safetensors", "cached_path": token_cache(), "num_images": 6,
-        "output_dir": output_dir, "orders": ["halton", "lpd"], "steps": [3, 5],
+        "split": "all", "output_dir": output_dir, "orders": ["halton", "lpd"], "steps": [3, 5],
     }
     return [*words_of({**flags, **changes}), *ON_CPU]
 
@@ -87,7 +87,7 @@ def test_images_from_files_are_those_of_the_cache(measured, tmp_path):
     "changes,message",
     [
         ({"cached_path": None}, "--cached_path"),
-        ({"num_images": 19}, "--num_images 19: there are 18"),
+        ({"num_images": 19}, "--num_images 19: --split all has 18"),
         ({"steps": [17]}, "17 steps for 16 tokens"),
         ({"orders": ["missing.npy"]}, "missing.npy"),
     ],
