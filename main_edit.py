@@ -116,10 +116,10 @@ def save(output, pixels, cells, edited, film):
     pictures.save_png(output / "kept.png", kept[0])
     for i, image in enumerate(edited):
         pictures.save_png(output / f"images/{i:05d}.png", image)
-    rows, scale = np.concatenate([originals, kept, edited[:SHOWN]]), max(1, 96 // len(pixels))
-    sheet = pictures.labelled_rows(rows, ["original", "kept", "edited"], scale=scale)
+    rows = np.concatenate([originals, kept, edited[:SHOWN]])
+    sheet = pictures.labelled_rows(rows, ["original", "kept", "edited"])
     pictures.save_png(output / "sheet.png", sheet)
-    frames = [pictures.grid(shown, len(kept), scale=scale) for shown in (kept, *film)]
+    frames = [pictures.grid(shown, len(kept)) for shown in (kept, *film)]
     pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
 
 

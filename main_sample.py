@@ -89,8 +89,7 @@ def save_images(output, steps, images, labels, names, num_per_class):
         name = names[label].strip(".").replace("/", "_") or "_"  # it must not lead out of the folder
         pictures.save_png(output / f"images_{steps}_steps" / name / f"{i:05d}.png", image)
     rows = [cli.plain_name(names[label]) for label in labels[::num_per_class].tolist()]
-    scale = max(1, 64 // images.shape[1])
-    return pictures.labelled_rows(images, rows, scale=scale, title=f"{steps} steps")
+    return pictures.labelled_rows(images, rows, title=f"{steps} steps")
 
 
 def save_film_and_order(output, model, decoder, settings, labels, num_per_class):
@@ -100,7 +99,7 @@ def save_film_and_order(output, model, decoder, settings, labels, num_per_class)
 
     def add_frame(tokens, slots):
         images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), orders.numpy(), slots)
-        frames.append(pictures.grid(images, min(5, len(ids)), scale=max(1, 96 // images.shape[1])))
+        frames.append(pictures.grid(images, min(5, len(ids))))
 
     generate_tokens(
         model, labels[ids], orders, settings.group_sizes, settings.sampling, seed=settings.seed,
@@ -139,9 +138,11 @@ def main(argv=None):
     save_film_and_order(output, model, decoder, variants[0], labels, args.num_per_class)
     write_json(output / RECORD, {**record, "seconds_per_image": timings})
     print(f"{'':16}{'steps':>6}{'s, one image alone':>20}{'s/image in a batch':>20}")
-    for timing in timings:  # each with its speed relative to the last
-        columns = [f"{timing[k]:12.4f} ({timings[-1][k] / timing[k]:4.1f}x)" for k in ("alone", "in_batch")]
-        print(f"{timing['name']:16}{timing['steps']:6d}{columns[0]}{columns[1]}")
+    for timing in timings:
+        print(f"{timing['name']:16}{timing['steps']:6d}{timing['alone']:20.4f}{timing['in_batch']:20.4f}")
+    if args.compare_steps:
+        ratios = [timings[1][k] / timings[0][k] for k in ("alone", "in_batch")]
+        print(f"{'ratio':22}{ratios[0]:19.1f}x{ratios[1]:19.1f}x")
     print(f"pictures: {output}/grid.png, order.png, film.gif")
 
 

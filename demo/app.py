@@ -57,7 +57,17 @@ def load(args):
         img_size=model.config.grid_size * tokenizer.config.stride,
     )
     names = tuple(cli.class_names(args, model.config.num_classes, info))
-    return Session(*for_inference(model, tokenizer, device), names, device)
+    about = describe(args.pretrained_ckpt, model, tokenizer)  # before the model is repacked
+    return Session(*for_inference(model, tokenizer, device), names, device, about)
+
+
+def describe(path, model, tokenizer):
+    """A line that says which weights these are."""
+    name = "/".join(Path(path).parts[-2:])  # the folder often says more than the file
+    millions, side = sum(p.numel() for p in model.parameters()) / 1e6, model.config.grid_size
+    pixels = side * tokenizer.config.stride
+    image = f"{pixels}x{pixels} pixels in {side}x{side} tokens"
+    return f"{name}: {millions:,.1f} million parameters, {model.config.num_classes} classes, {image}"
 
 
 def check_port(host, port):
@@ -98,8 +108,12 @@ def results(name):
     """The outputs of a picture in the making, by the names that session.py shows."""
     look = {"format": "png", "interactive": False, "show_label": False}
     with gr.Row():
-        picture = gr.Image(label="Image", buttons=["download"], elem_id=f"{name}-picture", **look)
-        order = gr.Image(label="Step of each cell", buttons=[], elem_id=f"{name}-order", **look)
+        with gr.Column():
+            gr.Markdown("Image")
+            picture = gr.Image(label="Image", buttons=["download"], elem_id=f"{name}-picture", **look)
+        with gr.Column():
+            gr.Markdown("Step of each cell")
+            order = gr.Image(label="Step of each cell", buttons=[], elem_id=f"{name}-order", **look)
     words = gr.Markdown(elem_id=f"{name}-words")
     return {"picture": picture, "order": order, "words": words, "made": gr.State()}
 
@@ -143,7 +157,7 @@ def build(session):
             return to_editor(made[0])
 
     with gr.Blocks(title="LPD", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown("# LPD: Locality-aware Parallel Decoding")
+        gr.Markdown(f"# LPD: Locality-aware Parallel Decoding\n{session.about}")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=1):
                 request = request_controls(session, "generated")
@@ -156,7 +170,7 @@ def build(session):
                 with gr.Row():
                     upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
                     take = gr.Button("Take the generated one", elem_id="take")
-                gr.Markdown("Paint over what is to change.")
+                gr.Markdown("Picture to edit: paint over what is to change.")
                 editor = gr.ImageEditor(
                     label="Picture", show_label=False, sources=(), transforms=(), layers=False,
                     brush=gr.Brush(default_size=30, colors=["#ff2d2d"], color_mode="fixed"), format="png",

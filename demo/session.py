@@ -45,12 +45,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Session:
-    """Weights on a device, and a name for each of their classes."""
+    """Weights on a device, a name for each of their classes, and a line about them."""
 
     model: LPD
     tokenizer: VQModel
     names: tuple[str, ...]
     device: torch.device
+    about: str = ""
 
     @property
     def side(self):
@@ -202,7 +203,7 @@ def _time(session, request, settings, show):
 def _order_map(whole, sizes, settings):
     """The step of each cell of the first image, from 1 (0 is kept), as a drawing: uint8 [H, W, 3]."""
     steps = steps_of_cells(whole[:1], sizes)[0] + (len(sizes) == len(settings.group_sizes))
-    title = f"step of each cell, {settings.order} order"
+    title = f"{settings.order} order"
     with tempfile.TemporaryDirectory(prefix="lpd-order-") as folder:
         pictures.save_order_map(Path(folder) / "order.png", steps.reshape(settings.grid_size, -1), title)
         return np.asarray(Image.open(Path(folder) / "order.png").convert("RGB"))

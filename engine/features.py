@@ -34,7 +34,8 @@ def find_inception(path=None):
         raise ValueError(
             f"no Inception weights at {path}: give --inception FILE or set LPD_INCEPTION; with a network, "
             'python -c "from torch_fidelity.feature_extractor_inceptionv3 import *; '
-            "FeatureExtractorInceptionV3('', ['2048'])\" fetches them into torch's cache"
+            "FeatureExtractorInceptionV3('', ['2048'])\" fetches them into torch's cache; without one, "
+            "--features efficientnet_lite0 compares models, though its distance is not FID"
         )
     return path
 

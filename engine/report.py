@@ -87,8 +87,7 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
             seed=settings.seed,
         )
         path = Path(output_dir) / "samples" / f"epoch-{state.config.epoch(state.step):07.2f}.png"
-        scale = max(1, 64 // images.shape[1])
-        pictures.save_png(path, pictures.labelled_rows(images.cpu(), rows, scale=scale))
+        pictures.save_png(path, pictures.labelled_rows(images.cpu(), rows))
 
     return save_grid
 

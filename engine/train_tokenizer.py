@@ -198,7 +198,6 @@ def evaluate_tokenizer(model, folder, img_size, device, *, batch_size=64, num_wo
         psnrs.append(10 * torch.log10(255**2 / error.clamp(min=1e-9)))
         pairs += [(before[k], after[k]) for k, index in enumerate(indices) if index % every == 0]
     images = torch.stack([image for row in zip(*pairs[:8], strict=True) for image in row]).numpy()
-    scale = max(1, 96 // img_size)
-    sheet = pictures.labelled_rows(images, ["original", "decoded"], scale=scale, title=title)
+    sheet = pictures.labelled_rows(images, ["original", "decoded"], title=title)
     psnr, use = torch.cat(psnrs).mean().item(), used.float().mean().item()
     return {"n": len(folder), "psnr": psnr, "codebook_use": use}, sheet

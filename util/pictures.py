@@ -7,6 +7,7 @@ from util.files import atomic
 from util.images import as_pixels
 
 GREY = 128  # cells that are not generated yet
+SHOWN = 96  # pixels of a small image in a grid
 
 
 def save_png(path, pixels):
@@ -15,8 +16,10 @@ def save_png(path, pixels):
         Image.fromarray(np.asarray(pixels)).save(partial, format="PNG")
 
 
-def grid(images, columns, *, scale=1, gap=2):
-    """Images [n, H, W, 3] in rows of `columns`, each pixel `scale` times as large, on white."""
+def grid(images, columns, *, scale=None, gap=2):
+    """Images [n, H, W, 3] in rows of `columns`, on white, each pixel `scale` times as large; by default small
+    images are enlarged to about SHOWN pixels."""
+    scale = scale or max(1, round(SHOWN / np.shape(images)[1]))
     images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
@@ -40,7 +43,7 @@ def filled(images, orders, slots):
     return only_cells(images, cells)
 
 
-def labelled_rows(images, row_labels, *, scale=1, title=None):
+def labelled_rows(images, row_labels, *, scale=None, title=None):
     """A sheet of images [rows * columns, H, W, 3] with a label to the left of each row."""
     rows = len(row_labels)
     sheet = grid(images, len(images) // rows, scale=scale)

@@ -93,3 +93,29 @@ def test_of_many_classes_the_smallest_and_the_largest_are_shown(tmp_path):
     touch(tmp_path, *(f"{k:02d}/{i}.png" for k in range(30) for i in range(1 + (k == 7) + 2 * (k == 9))))
     folder = list_images(tmp_path)
     assert "from 1 (00) to 3 (09) in each" in summary("DATA", folder.class_names, folder)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """An image folder of 9 images without val/, one of them no image."""
+    helpers.write_images(tmp_path / "data", 3)
+    (tmp_path / "data/01_noise/1.png").write_bytes(b"no picture")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("program", ["stats", "tokenizer", "lpd"])
+def test_programs_leave_unreadable_images_out_on_request(damaged, tmp_path, program):
+    data, out = {"data_path": damaged, "img_size": SIZE, "val_fraction": 0}, tmp_path / "out"
+    stats = {"features": "efficientnet_lite0", "output_file": out / "s.npz"}
+    flags = {
+        "stats": lambda: [*helpers.words_of({**data, **stats}), *helpers.ON_CPU],
+        "tokenizer": lambda: helpers.tokenizer_flags(out, **data, batch_size=4),
+        "lpd": lambda: helpers.train_flags(
+            out, **data, cached_path=None, vqgan_path=helpers.tokenizer(), epochs=1
+        ),
+    }[program]()
+    refused = helpers.call(program, *flags)
+    assert refused.status == 1 and "error: " in refused.err and "01_noise/1.png" in refused.err
+    outcome = helpers.finished(helpers.call(program, *flags, "--skip_unreadable"))
+    assert "1 unreadable images left out" in outcome.err
+    assert "8 training images, 0 held out; 3 classes" in outcome.out

@@ -212,7 +212,7 @@ def test_inception_is_found_by_flag_then_environment_then_in_torchs_cache(tmp_pa
     monkeypatch.delenv("LPD_INCEPTION")
     assert find_inception() == cached
     cached.unlink()
-    with pytest.raises(ValueError, match=r"--inception FILE or set LPD_INCEPTION; .* python -c"):
+    with pytest.raises(ValueError, match=r"--inception FILE or set LPD_INCEPTION; .*--features eff"):
         find_inception()
 
 

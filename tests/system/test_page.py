@@ -88,7 +88,8 @@ def finished_picture(tab, name, start):
 
 
 @pytest.mark.slow
-def test_another_seed_gives_another_image(tab):
+def test_page_names_its_weights_and_another_seed_gives_another_image(tab):
+    tab.get_by_text("fashion_mnist/lpd.safetensors: 3.3 million parameters").wait_for()
     first = finished_picture(tab, "generated", "#generate")
     tab.fill("#generated-seed input", "1")
     second = finished_picture(tab, "generated", "#generate")
