@@ -213,7 +213,7 @@ def validation(source, config, world):
 
     @cache
     def batches():
-        return list(source.batches((images[part], np.zeros_like(part)) for part in own))
+        return list(source.batches((images[part.numpy()], np.zeros(len(part), int)) for part in own))
 
     @torch.no_grad()
     def mean_loss(model):

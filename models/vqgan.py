@@ -43,8 +43,8 @@ class VQConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """The GroupNorm of this network: 32 groups, eps 1e-6; in the precision of its weights, also under autocast,
-    as CUDA's autocast does. On a CPU the backward pass in mixed precision would take four times as long."""
+    """The GroupNorm of this network: 32 groups, eps 1e-6. It computes in the precision of its weights, under
+    autocast too, as on CUDA: on a CPU the backward pass in mixed precision takes four times as long."""
 
     def __init__(self, channels):
         super().__init__(32, channels, eps=1e-6)

@@ -34,12 +34,13 @@ class Failure(Exception):
 
 
 class _Help(argparse.HelpFormatter):
-    """Help with defaults, except for flags whose default is None or False."""
+    """Help with the default of every flag, unless its help says it in words."""
 
     def add_argument(self, action):
-        shown = action.default not in (None, argparse.SUPPRESS) and action.default is not False
-        if shown and "%(default)s" not in (action.help or ""):
-            action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        default, words = action.default, action.help or ""
+        if action.option_strings and default is not argparse.SUPPRESS and "default" not in words:
+            shown = "no default" if default is None else "default: %(default)s"
+            action.help = f"{words} ({'default: off' if default is False else shown})".strip()
         super().add_argument(action)
 
 
@@ -133,9 +134,14 @@ def add_seed_flag(parser):
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
 
 
+def add_device_flag(parser):
+    """--device, for `choose_device`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
+
+
 def add_device_flags(parser):
     """--device and --num_workers."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or mps")
+    add_device_flag(parser)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parser.add_argument(
         "--num_workers", type=number(int, 0), default=max(1, min(4, cores)), help="processes that read images"

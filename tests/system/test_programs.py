@@ -34,6 +34,13 @@ def test_flags_of_the_published_programs_are_accepted(program):
     assert set(PUBLISHED_FLAGS[program].split()) <= set(accepted)
 
 
+@pytest.mark.parametrize("program", ["cache", "edit", "lpd", "sample", "stats", "tokenizer"])
+def test_help_shows_every_default(program):
+    flags = re.split(r"\n +(?=--)", finished(call(program, "--help")).out.split("options:")[1])[1:]
+    assert len(flags) > 10
+    assert [flag for flag in flags if "default" not in flag or re.search("None|False", flag)] == []
+
+
 def test_programs_lead_from_images_to_samples(tmp_path):
     """Each is started from another working directory, with paths relative to it."""
     (tmp_path / "data").symlink_to(helpers.images())
