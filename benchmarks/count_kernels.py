@@ -131,6 +131,7 @@ def main(argv=None):
     print(json.dumps(report, indent=1))
     if args.output_file:
         write_json(args.output_file, report)
+    fake_cuda.leave()
 
 
 if __name__ == "__main__":

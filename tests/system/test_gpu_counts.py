@@ -1,4 +1,4 @@
-"""What programs would do on a GPU, from fake tensors, on a machine without one (benchmarks/count_kernels.py)."""
+"""What programs would do on a GPU, found on a machine without one, by fake tensors."""
 
 import json
 import os
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def counts(tmp_path, *flags):
-    """The rows of count_kernels.py, by (batch, path); a process of its own, since it replaces parts of torch."""
+    """The rows of count_kernels.py, by (batch, path); it replaces parts of torch, so it runs apart."""
     out = tmp_path / "counts.json"
     command = [sys.executable, "benchmarks/count_kernels.py", *flags, "--output_file", out]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
