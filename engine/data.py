@@ -111,6 +111,7 @@ class EncodedImages:
     def batches(self, micro_batches):
         for items in image_loader(self.folder, self.img_size, micro_batches, self.num_workers):
             indices, pixels = readable_pixels(items)
+            pixels = to_unit(to_device(torch.from_numpy(pixels), self.device))
             with torch.no_grad():
-                tokens = self.tokenizer.encode(to_unit(pixels).to(self.device))
+                tokens = self.tokenizer.encode(pixels)
             yield tokens, torch.from_numpy(self.folder.labels[indices])

@@ -16,7 +16,7 @@ from models.vqgan import VQConfig, VQModel
 from models.weights import save_weights
 from util import distributed, pictures
 from util.cli import setting
-from util.device import is_cuda
+from util.device import is_cuda, to_device
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
 
 MIN_STEPS = 2000  # by default
@@ -113,7 +113,7 @@ def revive_dead_codes(state, latents):
         distributed.all_sum(state.code_use)
     dead = state.code_use == 0
     generator = torch.Generator().manual_seed(state.config.seed * 1_000_003 + state.step)
-    picked = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
+    picked = to_device(torch.randint(len(latents), (len(dead),), generator=generator), latents.device)
     weight = state.model.quantize.embedding.weight
     usable = dead & latents[picked].isfinite().all(dim=1)
     weight.copy_(torch.where(usable[:, None], latents[picked], weight))
@@ -135,7 +135,8 @@ def train_step(state, model, pixels, steps):
     parts = losses(pixels, reconstruction, latents, codes, config.commitment)
     backward(sum(parts.values()))
     norm = optimizer_step(state, learning_rate(config, state.step, steps), max_norm=1.0)
-    state.code_use += torch.bincount(tokens.flatten(), minlength=len(state.code_use))
+    used = tokens.flatten()
+    state.code_use.index_add_(0, used, torch.ones_like(used, dtype=torch.float32))  # bincount would wait
     values = {name: value.detach() for name, value in parts.items()}
     values |= {"grad_norm": norm, "codebook_use": (state.code_use > 0).float().mean()}
     # Late in training the codes must stay where the decoder expects them.
@@ -152,7 +153,8 @@ def train_tokenizer(state, folder, run, world, log, num_workers=0):
     stream = ImageStream(len(folder), config.seed, config.batch_size, no_mirror=config.no_mirror)
     plan = stream.micro_batches(range(state.step, steps), world)
     loader = image_loader(folder, config.img_size, plan, num_workers)
-    pixels = (to_unit(readable_pixels(items)[1]).to(world.device) for items in loader)
+    images = (torch.from_numpy(readable_pixels(items)[1]) for items in loader)
+    pixels = (to_unit(to_device(batch, world.device)) for batch in images)
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
 

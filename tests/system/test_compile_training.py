@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import ALONE, CONFIG, MODEL, call, finished, four_images, train_flags
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.bench_train import model_operations
 from engine.checkpoint import LAST, checkpoint_of, save_checkpoint
 from engine.data import ResidentTokens
 from engine.fast import compiled_execution
 from engine.loop import RunningMeans
-from engine.train import draw_step, new_state, train_step
+from engine.train import LossForDDP, draw_step, new_state, train_step
 from models.lpd import Execution, LPDConfig
 from models.masks import cached_block_mask, cached_training_mask
 from models.weights import read_pth
@@ -108,6 +109,22 @@ def test_compile_flag_trains_as_without_it(tmp_path, monkeypatch, counted):
     assert fast == pytest.approx(plain, abs=1e-4) and counted.frame_count == 1
     groups = read_pth(tmp_path / "fast" / LAST)["optimizer"]["param_groups"]
     assert all(group["fused"] for group in groups)
+
+
+def test_ddp_does_not_cut_compiled_blocks(tmp_path, counted):
+    """Two blocks of 50 MB; DDP's buckets are of 25 MB, at which torch would cut each of them in three."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        config = dataclasses.replace(MODEL, embed_dim=1024, depth=2)
+        model = new_model(compiled(config, counted), config)
+        tokens, labels = four_images()
+        order = draw_step(CONFIG, 3)[1].argsort(dim=1)
+        loss_of = DistributedDataParallel(LossForDDP(model), broadcast_buffers=False)
+        loss_of(tokens[:1], labels[:1], order[:1], CONFIG.schedules[1]).backward()
+        assert counted.frame_count == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_operations_of_a_step_by_hand():
