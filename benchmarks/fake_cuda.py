@@ -143,13 +143,27 @@ class RecordingMode(FakeTensorMode):
         return outputs
 
 
+class FusedAttention(torch.autograd.Function):
+    """Attention that keeps what flash and cutlass keep: inputs, result, and a float32 for each row."""
+
+    @staticmethod
+    def forward(context, q, k, v):
+        output = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        context.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(context, gradient):
+        return tuple(torch.empty_like(x) for x in context.saved_tensors[:3])
+
+
 def attention(q, k, v, attn_mask=None, **options):
     """One fused attention kernel, its result laid out as flash and cutlass do."""
     if q.device.type != "cuda":
         return SDPA(q, k, v, attn_mask=attn_mask, **options)
-    output = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    output = FusedAttention.apply(q, k, v)
     given = [q, k, v, output, *([] if attn_mask is None else [attn_mask])]
-    RECORDER.kernel("attention", sum(map(extent, given)), 4 * q.numel() * k.shape[2 if k.ndim == 4 else 1])
+    RECORDER.kernel("attention", sum(map(extent, given)), 4 * q.numel() * k.shape[-2])
     return output
 
 

@@ -3,7 +3,8 @@
 #
 # One machine by default, on all of its GPUs. Several: NNODES, NODE_RANK and MASTER_ADDR on each of them, as
 # scripts/cli/run.py sets them; in an `srun` of your own they are SLURM's. NGPU: processes per machine.
-# MAX_BATCH_PER_GPU: larger batches are accumulated from smaller ones.
+# MAX_BATCH_PER_GPU: larger batches are accumulated from smaller ones; the default of each training script fits a
+# GPU of 80 GB (benchmarks/count_training.py).
 # DRY_RUN=1: check, print the command and stop.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -63,7 +64,6 @@ set_batch() { # set_batch GLOBAL: sets batch_size (per GPU) and accum_iter so th
     local gpus=$((NGPU * NNODES)) per_gpu
     per_gpu=$(($1 / gpus))
     ((per_gpu * gpus == $1)) || usage_error "NGPU x NNODES = $gpus does not divide the global batch of $1"
-    MAX_BATCH_PER_GPU=${MAX_BATCH_PER_GPU:-$per_gpu}
     require_count MAX_BATCH_PER_GPU
     accum_iter=1
     while ((per_gpu % accum_iter || per_gpu / accum_iter > MAX_BATCH_PER_GPU)); do accum_iter=$((accum_iter + 1)); done
@@ -86,9 +86,10 @@ launch() { # launch FLAGS...: main_lpd.py (or PROGRAM) under torchrun; with the 
     exec "${command[@]}"
 }
 
-train_lpd() { # train_lpd GLOBAL_BATCH FLAGS...: what all published training runs share, then FLAGS
+train_lpd() { # train_lpd GLOBAL_BATCH MOST FLAGS...: what all published training runs share, then FLAGS
     local global_batch=$1
-    shift
+    MAX_BATCH_PER_GPU=${MAX_BATCH_PER_GPU:-$2}
+    shift 2
     require_path CACHED_PATH "the token cache that main_cache.py made"
     require_tokenizer
     require_set OUTPUT_DIR "the folder for checkpoints and logs"

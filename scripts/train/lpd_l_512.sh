@@ -5,5 +5,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 require_path PRETRAINED_CKPT "the weights of lpd_l at 256 px to start from"
-train_lpd 2048 --model lpd_l --img_size 512 --epochs 50 --lr_schedule cosine --warmup_epochs 1 \
+train_lpd 2048 16 --model lpd_l --img_size 512 --epochs 50 --lr_schedule cosine --warmup_epochs 1 \
     --pretrained_ckpt "$PRETRAINED_CKPT" "$@"

@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-train_lpd 1024 --model lpd_xl --img_size 256 --epochs 450 \
+train_lpd 1024 32 --model lpd_xl --img_size 256 --epochs 450 \
     --lr_schedule constant+cosine --warmup_epochs 50 --lr_decay_start_epoch 400 "$@"

@@ -100,7 +100,7 @@ def test_a_run_resumes_with_the_other_kind_of_adamw(tmp_path, first, second):
 
 def test_compile_flag_trains_as_without_it(tmp_path, monkeypatch, counted):
     """Logged losses to 1e-4, with tokens on the device instead of the memory-mapped file."""
-    monkeypatch.setattr("main_lpd.fits", lambda *_: True)
+    monkeypatch.setattr("engine.data.free_memory", lambda _: 2**40)
     monkeypatch.setattr("main_lpd.compiled_execution", partial(compiled_execution, backend=counted))
     flags = {"epochs": 1, "proj_dropout": 0}
     finished(call("lpd", *train_flags(tmp_path / "fast", **flags), "--compile"))

@@ -12,22 +12,28 @@ pytest.importorskip("triton", reason="counting needs Triton, which comes with to
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def counts(tmp_path, *flags):
-    """The rows of count_kernels.py, by (batch, path); it replaces parts of torch, so it runs apart."""
-    out = tmp_path / "counts.json"
-    command = [sys.executable, "benchmarks/count_kernels.py", *flags, "--output_file", out]
+def run(program, *flags):
+    """What a program of benchmarks/ prints. It replaces parts of torch, so it runs in its own process."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, f"benchmarks/{program}", *flags]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {(row["batch"], row["path"]): row for row in json.loads(out.read_text())["counts"]}
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes(tmp_path):
+def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes():
     """lpd_l at 256 px, 20 steps, with guidance: 24 layers x 20 steps x 7 kernels are 3,360."""
-    rows = counts(tmp_path, "--no_decoder", "--paths", "compiled")
-    for batch in (1, 64):
-        row = rows[batch, "compiled"]
+    report = json.loads(run("count_kernels.py", "--no_decoder", "--paths", "compiled"))
+    small, large = report["counts"]
+    for row in (small, large):
         assert 3360 < row["parts"]["before the decoder"]["kernels"] <= 3500
         assert row["waits"] == {} and row["parts"]["sampling"]["kernels"] == 20
-    assert rows[64, "compiled"]["parts"]["before the decoder"]["gigabytes"] <= 190
+    assert large["batch"] == 64 and large["parts"]["before the decoder"]["gigabytes"] <= 190
+
+
+@pytest.mark.slow
+def test_every_training_script_fits_a_gpu_of_80_gb():
+    rows = [json.loads(line) for line in run("count_training.py").splitlines()]
+    assert len(rows) == len(list((REPOSITORY / "scripts/train").glob("*.sh")))
+    assert all(row["kept_gb"] > 20 and row["all_gb"] < 80 for row in rows)

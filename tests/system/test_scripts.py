@@ -156,6 +156,7 @@ def test_evaluation_compares_with_the_published_statistics(pixels, steps, paths)
 @pytest.mark.parametrize("env, batch_size, accum_iter", [
     ({"NGPU": "8", "NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "node0"}, 64, 1),
     ({"NGPU": "8", "MAX_BATCH_PER_GPU": "100"}, 64, 4),
+    ({"NGPU": "8"}, 64, 4),
     ({"NGPU": "1", "MAX_BATCH_PER_GPU": "256"}, 256, 8),
 ])
 def test_global_batch_is_the_same_on_any_number_of_gpus(env, batch_size, accum_iter, paths):
