@@ -1,4 +1,4 @@
-"""Generation orders: locality-aware, raster, random and Halton, vectorised over thousands of images.
+"""Generation orders: locality-aware, spread, raster, random and Halton, vectorised over thousands of images.
 
 `order[i, t]` is the raster position, of L = grid_size**2, that image i generates at slot t. Random choices
 come from a hash of (seed, image id, group, cell), so an order does not depend on what else is in the call.
@@ -13,7 +13,7 @@ import numpy as np
 
 from orders.schedule import check_group_sizes
 
-ORDER_KINDS = ("lpd", "raster", "random", "halton")
+ORDER_KINDS = ("lpd", "spread", "raster", "random", "halton")
 LARGEST_GRID = 128  # the tables of a grid take 6 L**2 bytes
 CELLS_PER_CHUNK = 1 << 16  # so that the arrays of one chunk fit in an L2 cache
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
@@ -24,18 +24,22 @@ BESIDE, ACROSS = 7, 5
 HIGHEST_RANK = 1 + 4 * BESIDE + 4 * ACROSS  # of a free cell, from 1; a generated cell has rank 0
 SCORE_TIE_BITS = 32 - (HIGHEST_RANK + 1).bit_length()
 
+CROWDING_TIE_BITS = 24  # a crowding times L is below 2**31, on the largest grid too
+
 
 def make_orders(kind, n, group_sizes, grid_size, *, seed=0, image_ids=None, known=None, **thresholds):
     """Orders of any kind in ORDER_KINDS, uint16 [n, L]; only "lpd" depends on group sizes and thresholds.
 
-    With `known` cells, bool [L] or [n, L], equally many in each image, orders list only the others: "lpd" as
-    if the known ones were generated already, the other kinds by leaving them out. Raises ValueError as
-    `lpd_orders` does, and for an unknown kind.
+    With `known` cells, bool [L] or [n, L], equally many in each image, orders list only the others: "lpd" and
+    "spread" as if the known ones were generated already, the other kinds by leaving them out. Raises
+    ValueError as `lpd_orders` does, and for an unknown kind.
     """
     options = {"seed": seed, "image_ids": image_ids}
     if kind == "lpd":
         return lpd_orders(n, group_sizes, grid_size, known=known, **options, **thresholds)
     group_sizes, known = _check_known(known, n, group_sizes, grid_size)
+    if kind == "spread":
+        return spread_orders(n, grid_size, known=known, **options)
     if kind == "raster":
         orders = raster_orders(n, grid_size)
     elif kind == "random":
@@ -77,6 +81,46 @@ def halton_orders(n, grid_size, *, seed=0, image_ids=None):
         down, across = shift.astype(np.int64).T[:, :, None]
         orders[rows] = (y + down) % grid_size * grid_size + (x + across) % grid_size
     return orders
+
+
+def spread_orders(n, grid_size, *, seed=0, image_ids=None, known=None):
+    """Orders that fill the grid evenly, uint16 [n, L]; with k `known` cells, bool [n, L], uint16 [n, L - k].
+
+    The next cell is the least crowded one: crowding is the sum of 3^(-d^2) over the generated cells of the
+    5 x 5 around it, d their distance. Each cell beyond the edge of the grid adds to it too, by twice the share of the grid that is
+    generated: a cell at an edge tells less about the others and comes later. Ties are in random order, so
+    the first cell is uniform. Row i depends on (seed, image_ids[i]) and its known cells alone.
+    """
+    num_tokens = _num_tokens(grid_size)
+    start = 0 if known is None else int(known[0].sum())
+    step = _crowding_steps(grid_size)
+    orders = np.empty((n, num_tokens - start), np.uint16)
+    for rows, keys in _chunks(n, num_tokens, seed, image_ids):
+        ties = _random_bits(keys, 0, num_tokens) >> np.uint64(64 - CROWDING_TIE_BITS)
+        crowding = ties.astype(np.int64)
+        if start:
+            crowding += known[rows] @ step
+        for slot in range(num_tokens - start):
+            cells = crowding.argmin(axis=1)
+            crowding += step[cells]
+            orders[rows, slot] = cells
+    return orders
+
+
+@functools.lru_cache(maxsize=4)
+def _crowding_steps(grid_size):
+    """What the crowding of all cells grows by when a cell is generated, int64 [L, L], above the tie bits.
+
+    Weights are the integers 3^(8 - d^2) in the 5 x 5 cells around, and 0 beyond; they are multiplied by L, so
+    that a share of the grid is an integer too. A generated cell itself gets more than any crowding.
+    """
+    num_tokens, line = grid_size**2, np.arange(grid_size)
+    distance = np.abs(line[:, None] - line)
+    near = np.array([81, 27, 1, 0])[np.minimum(distance, 3)]  # 3^(4 - d^2) along one axis
+    beyond = (81 + 2 * 27 + 2 * 1) ** 2 - np.kron(near.sum(axis=1), near.sum(axis=1))  # [L]
+    step = np.kron(near, near) * num_tokens + 2 * beyond << CROWDING_TIE_BITS
+    np.fill_diagonal(step, 1 << 60)
+    return step
 
 
 def lpd_orders(

@@ -51,8 +51,9 @@ class Recorder:
 
     def __init__(self, grid_size):
         self.centre = grid_size // 2 * (grid_size + 1)
-        y, x = divmod(torch.arange(grid_size**2), grid_size)
-        distance = torch.hypot(*(a[:, None] - a.float() for a in (y, x)))
+        positions = torch.arange(grid_size**2)
+        y, x = (a.float() for a in (positions // grid_size, positions % grid_size))
+        distance = torch.hypot(y[:, None] - y, x[:, None] - x)
         self.distance = distance.round().long()  # [L, L] of positions
 
     def start(self, order):

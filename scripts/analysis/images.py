@@ -1,9 +1,12 @@
-"""The images that the analyses measure: their tokens, from a token cache or from files and a tokenizer."""
+"""What the analyses share: the images that they measure, their bits, and means with errors."""
+
+import math
 
 import numpy as np
 import torch
 
 from engine.cache import encode_views
+from engine.likelihood import token_nll
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQModel
 from models.weights import state_digest
@@ -76,3 +79,17 @@ def _from_files(args, model, device):
     parts = [encode_views(tokenizer, readable_pixels(items)[1], device)[:, 0].cpu() for items in loader]
     tokens = torch.cat(parts).numpy().astype(np.int64)
     return tokens, folder.labels[indices], folder.class_names, state_digest(tokenizer)
+
+
+def token_bits(model, tokens, labels, orders, group_sizes, batch_size=32):
+    """Bits of the images' tokens in generation order, float32 [n, L]; orders are a NumPy array [n, L]."""
+    device = model.pos_embed.device
+    inputs = (tokens, labels, torch.from_numpy(orders.astype(np.int64)))
+    batches = zip(*(x.split(batch_size) for x in inputs), strict=True)
+    nats = [token_nll(model, *(x.to(device) for x in batch), group_sizes).cpu() for batch in batches]
+    return torch.cat(nats).numpy() / math.log(2)
+
+
+def mean_and_error(values):
+    """Mean and standard error of values [n]."""
+    return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))

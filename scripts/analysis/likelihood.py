@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from engine.generate import resolve_settings
-from engine.likelihood import token_nll
 from models.weights import state_digest
 from orders.lpd_order import ORDER_KINDS
 from scripts.analysis import images
@@ -89,20 +87,15 @@ def settings_of(args):
 
 
 def measure(model, data, setting, args):
-    """Bits float32 [n, L] of the images' tokens in generation order, and the orders int64 [n, L].
+    """Bits float32 [n, L] of the images' tokens in generation order, and the orders [n, L].
 
-    Image i has order i of (seed, i), so the numbers do not depend on the batch, but for rounding.
+    The order of image i depends on (seed, i), so the numbers do not depend on the batch, but for rounding.
     """
     tokens, labels = data
     plan = setting.generation(model.config.grid_size, len(tokens), args.seed)
-    orders = plan.orders(np.arange(len(tokens)))
+    orders = plan.orders(np.arange(len(tokens))).numpy()
     sizes = plan.group_sizes if setting.decoded == setting.steps else (1,) * tokens.shape[1]
-    device = model.pos_embed.device
-    rows = [
-        token_nll(model, *(part.to(device) for part in batch), sizes).cpu()
-        for batch in zip(*(x.split(args.batch_size) for x in (tokens, labels, orders)), strict=True)
-    ]
-    return torch.cat(rows).numpy() / math.log(2), orders.numpy()
+    return images.token_bits(model, tokens, labels, orders, sizes, args.batch_size), orders
 
 
 def measure_all(model, data, settings, args, world):
@@ -114,11 +107,6 @@ def measure_all(model, data, settings, args, world):
             np.savez(file, bits=bits, orders=orders.astype(np.uint16))
         print(f"{setting.rule}, {setting.decoded} steps: {bits.sum(axis=1).mean():.1f} bits", flush=True)
     distributed.barrier()
-
-
-def mean_and_error(values):
-    """Mean and standard error of values [n]."""
-    return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))
 
 
 def summarise(settings, bits, num_tokens):
@@ -139,7 +127,7 @@ def summarise(settings, bits, num_tokens):
             ("bits", own), ("difference", own - bits[reference[setting.steps]]), ("price", own - bits[best]),
             ("order", alone - bits[best]), ("parallelism", own - alone),
         ):
-            row[name], row[f"{name}_error"] = mean_and_error(values)
+            row[name], row[f"{name}_error"] = images.mean_and_error(values)
         rows.append(row)
     return rows
 
