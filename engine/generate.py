@@ -161,7 +161,7 @@ class GenerationSettings:
 
     grid_size: int
     group_sizes: tuple[int, ...]
-    order: str = "lpd"  # or random, raster, halton
+    order: str = "lpd"  # or another of ORDER_KINDS
     file_orders: np.ndarray | None = field(default=None, repr=False, compare=False)
     known: np.ndarray | None = field(default=None, repr=False, compare=False)
     proximity_threshold: float = 1.0

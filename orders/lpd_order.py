@@ -14,7 +14,7 @@ import numpy as np
 from orders.schedule import check_group_sizes
 
 ORDER_KINDS = ("lpd", "spread", "raster", "random", "halton")
-LARGEST_GRID = 128  # the tables of a grid take 6 L**2 bytes
+LARGEST_GRID = 128  # the tables of a grid take up to 8 L**2 bytes
 CELLS_PER_CHUNK = 1 << 16  # so that the arrays of one chunk fit in an L2 cache
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the step of splitmix64 (Steele et al. 2014)
 
@@ -24,7 +24,9 @@ BESIDE, ACROSS = 7, 5
 HIGHEST_RANK = 1 + 4 * BESIDE + 4 * ACROSS  # of a free cell, from 1; a generated cell has rank 0
 SCORE_TIE_BITS = 32 - (HIGHEST_RANK + 1).bit_length()
 
-CROWDING_TIE_BITS = 24  # a crowding times L is below 2**31, on the largest grid too
+# Crowding times L is below 2^(4 + 20 + 14) on the largest grid.
+CROWDING_BITS, CROWDING_TIE_BITS = 20, 20
+LATTICE_SUM = 9.0336216831  # of 1 / distance^3 over the square lattice: 4 zeta(3/2) beta(3/2)
 
 
 def make_orders(kind, n, group_sizes, grid_size, *, seed=0, image_ids=None, known=None, **thresholds):
@@ -86,41 +88,44 @@ def halton_orders(n, grid_size, *, seed=0, image_ids=None):
 def spread_orders(n, grid_size, *, seed=0, image_ids=None, known=None):
     """Orders that fill the grid evenly, uint16 [n, L]; with k `known` cells, bool [n, L], uint16 [n, L - k].
 
-    The next cell is the least crowded one: crowding is the sum of 3^(-d^2) over the generated cells of the
-    5 x 5 around it, d their distance. Each cell beyond the edge of the grid adds to it too, by twice the share of the grid that is
-    generated: a cell at an edge tells less about the others and comes later. Ties are in random order, so
-    the first cell is uniform. Row i depends on (seed, image_ids[i]) and its known cells alone.
+    The next cell is the least crowded one: crowding is the sum of 1 / distance^3 over the generated cells,
+    and over all cells beyond the edge of the grid times twice the share of the grid that is generated: a cell
+    at an edge tells less about the others and comes later. Ties are in random order, so the first cell is
+    uniform. Row i depends on (seed, image_ids[i]) and its known cells alone.
     """
     num_tokens = _num_tokens(grid_size)
     start = 0 if known is None else int(known[0].sum())
-    step = _crowding_steps(grid_size)
+    steps = _crowding_steps(grid_size)
     orders = np.empty((n, num_tokens - start), np.uint16)
     for rows, keys in _chunks(n, num_tokens, seed, image_ids):
         ties = _random_bits(keys, 0, num_tokens) >> np.uint64(64 - CROWDING_TIE_BITS)
         crowding = ties.astype(np.int64)
         if start:
-            crowding += known[rows] @ step
+            crowding += known[rows] @ steps
         for slot in range(num_tokens - start):
             cells = crowding.argmin(axis=1)
-            crowding += step[cells]
+            crowding += steps[cells]
             orders[rows, slot] = cells
     return orders
 
 
 @functools.lru_cache(maxsize=4)
 def _crowding_steps(grid_size):
-    """What the crowding of all cells grows by when a cell is generated, int64 [L, L], above the tie bits.
+    """By how much the crowding of every cell grows when a cell is generated, int64 [L, L], above the tie
+    bits.
 
-    Weights are the integers 3^(8 - d^2) in the 5 x 5 cells around, and 0 beyond; they are multiplied by L, so
-    that a share of the grid is an integer too. A generated cell itself gets more than any crowding.
+    In integers, so that sums are exact: 2^CROWDING_BITS / distance^3, times L so that a share of the grid is
+    an integer too. The generated cell itself gets more than any crowding.
     """
-    num_tokens, line = grid_size**2, np.arange(grid_size)
-    distance = np.abs(line[:, None] - line)
-    near = np.array([81, 27, 1, 0])[np.minimum(distance, 3)]  # 3^(4 - d^2) along one axis
-    beyond = (81 + 2 * 27 + 2 * 1) ** 2 - np.kron(near.sum(axis=1), near.sum(axis=1))  # [L]
-    step = np.kron(near, near) * num_tokens + 2 * beyond << CROWDING_TIE_BITS
-    np.fill_diagonal(step, 1 << 60)
-    return step
+    num_tokens = grid_size**2
+    y, x = np.divmod(np.arange(num_tokens), grid_size)
+    squares = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
+    weights = np.rint(2**CROWDING_BITS * np.maximum(squares, 1) ** -1.5).astype(np.int64)
+    np.fill_diagonal(weights, 0)
+    beyond = round(2**CROWDING_BITS * LATTICE_SUM) - weights.sum(axis=1)  # [L]
+    steps = weights * num_tokens + 2 * beyond << CROWDING_TIE_BITS
+    np.fill_diagonal(steps, 1 << 62)
+    return steps
 
 
 def lpd_orders(

@@ -241,7 +241,8 @@ def add_order_flags(parser, *, from_file=True):
     add = parser.add_argument
     add("--generation_steps", type=number(int, 1), help="decoding steps; default: 20 for 256 tokens")
     add("--group_sizes", action=GroupSizes, nargs="+", help="tokens of each step")
-    add("--order", default="lpd", choices=["lpd", "random", "raster", "halton"], help="if no file is given")
+    kinds = ["lpd", "spread", "halton", "random", "raster"]
+    add("--order", default="lpd", choices=kinds, help="if no file is given")
     if from_file:
         add("--lpd_order_file", metavar="FILE", help="precomputed, .npy or .json, or hf://")
     add("--proximity_threshold", type=number(float, 0), default=1.0, help="least score of a near cell")

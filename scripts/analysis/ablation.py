@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--num_images", type=cli.number(int, 2), default=500, help="held-out images, evenly spaced")
     add("--steps", type=cli.number(int, 1), nargs="+", default=[4, 8, 16])
     add("--order", choices=ORDER_KINDS, default="lpd", help="of the held-out images")
-    add("--device", default="auto", help="auto, cpu, cuda, or mps")
+    cli.add_device_flags(parser)
     cli.add_seed_flag(parser)
     return parser.parse_args(argv)
 

@@ -12,7 +12,15 @@ from core.reference_orders import reference_order, replay, score
 from scipy import stats
 
 from orders import lpd_order, plot
-from orders.lpd_order import ORDER_KINDS, halton_orders, lpd_orders, make_orders, random_orders, raster_orders
+from orders.lpd_order import (
+    ORDER_KINDS,
+    halton_orders,
+    lpd_orders,
+    make_orders,
+    random_orders,
+    raster_orders,
+    spread_orders,
+)
 from orders.order_file import load_orders, meta_path, save_orders
 from orders.schedule import cosine_group_sizes
 
@@ -20,6 +28,7 @@ from orders.schedule import cosine_group_sizes
 PINNED_LPD = [97, 96, 255, 80, 254, 15, 243, 81, 239, 14, 242, 137]
 PINNED_RANDOM = [208, 156, 16, 76, 115, 209]
 PINNED_HALTON = [164, 105, 224, 70, 203, 130]
+PINNED_SPREAD = [208, 105, 202, 83, 165, 60]
 
 
 def orders_of(grid_size, steps, repulsion, n=4, **options):
@@ -46,7 +55,7 @@ def picks():
     return records
 
 
-@pytest.mark.parametrize("kind", ["lpd", "random", "halton"])
+@pytest.mark.parametrize("kind", ["lpd", "spread", "random", "halton"])
 def test_the_first_cell_is_uniform(kind):
     """Chi-square over 64 cells and 12,800 orders; false alarm 1e-6 a kind, were the seed not fixed."""
     first = make_orders(kind, 12800, cosine_group_sizes(64, 8), 8, seed=1)[:, 0]
@@ -142,7 +151,7 @@ def test_an_order_is_the_same_in_any_company(kind, count, monkeypatch):
     np.testing.assert_array_equal(make_orders(kind, 300, sizes, 8, known=known, **options), together)
 
 
-@pytest.mark.parametrize("kind", ["lpd", "random", "halton"])
+@pytest.mark.parametrize("kind", ["lpd", "spread", "random", "halton"])
 def test_seeds_and_images_have_different_orders(kind):
     sizes = cosine_group_sizes(256, 20)
     one, other = (make_orders(kind, 100, sizes, 16, seed=seed) for seed in (0, 1))
@@ -155,6 +164,7 @@ def test_orders_of_seed_0_stay_the_same():
     assert orders_of(16, 20, 2, 1)[0, :12].tolist() == PINNED_LPD
     assert random_orders(1, 16)[0, :6].tolist() == PINNED_RANDOM
     assert halton_orders(1, 16)[0, :6].tolist() == PINNED_HALTON
+    assert spread_orders(1, 16)[0, :6].tolist() == PINNED_SPREAD
 
 
 def test_orders_import_no_torch_and_measuring_them_no_matplotlib():
@@ -183,7 +193,26 @@ def test_orders_leave_the_known_cells_out(kind):
     whole = make_orders(kind, 20, cosine_group_sizes(64, 6), 8)
     for order, cells, plain in zip(orders, known, whole, strict=True):
         np.testing.assert_array_equal(np.sort(order), np.flatnonzero(~cells))
-        assert kind == "lpd" or order.tolist() == plain[~cells[plain]].tolist()
+        assert kind in ("lpd", "spread") or order.tolist() == plain[~cells[plain]].tolist()
+
+
+@pytest.mark.parametrize("count", [0, 20])
+def test_a_spread_order_takes_the_least_crowded_cell(count):
+    """Against plain sums over the generated cells and a wide frame. 0.01: the frame ends 60 cells away, where
+    2 pi / 60 of the lattice sum is missing, nearly the same for all cells."""
+    known, frame = some_known(5, count), 60
+    line = np.arange(-frame, 8 + frame)
+    cells = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    inside = ((cells >= 0) & (cells < 8)).all(axis=1)
+    distance = np.linalg.norm(cells[inside][:, None] - cells, axis=2)  # [64, all]
+    weight = np.where(distance > 0, distance, np.inf) ** -3.0
+    within, beyond = weight[:, inside], weight[:, ~inside].sum(axis=1)
+    orders = make_orders("spread", 5, (1, 63 - count), 8, known=known)
+    for order, generated in zip(orders, known.copy(), strict=True):
+        for cell in order:
+            crowding = within @ generated + 2 * generated.mean() * beyond
+            assert not generated[cell] and crowding[cell] < crowding[~generated].min() + 0.01
+            generated[cell] = True
 
 
 def test_halton_orders_are_the_halton_points_shifted_cyclically():
@@ -207,7 +236,7 @@ def test_halton_orders_are_the_halton_points_shifted_cyclically():
         ({"known": np.zeros(16)}, r"not float64 \[16\]"),
         ({"known": np.arange(16) == 5}, "sum to 16, but there are 15"),
         ({"known": np.tri(3, 16, dtype=bool)}, "equally many in each image, not 1 to 3"),
-        ({"kind": "spiral"}, "lpd, raster, random, halton, not 'spiral'"),
+        ({"kind": "spiral"}, "lpd, spread, raster, random, halton, not 'spiral'"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_numbers(arguments, message):
