@@ -10,11 +10,14 @@ from helpers import ON_CPU, call_main, contents, finished, images, token_cache, 
 
 from engine.likelihood import token_nll
 from models.lpd import LPD
+from models.masks import training_mask
 from orders.lpd_order import make_orders
 from orders.schedule import cosine_group_sizes
-from scripts.analysis import likelihood
+from scripts.analysis import ablation, attention, likelihood
 from util.files import read_arrays, read_json
 from util.token_cache import TokenCache
+
+# likelihood
 
 
 def likelihood_flags(output_dir, **changes):
@@ -96,3 +99,51 @@ def test_bad_input_is_refused_before_anything_is_written(changes, message, tmp_p
     outcome = call_main(likelihood.main, *likelihood_flags(tmp_path / "out", **changes))
     assert outcome.status == 2 and message in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+# attention
+
+
+def test_attention_weights_give_the_output_of_the_block(tiny_lpd):
+    """1e-6: fp32, the same sums in another order."""
+    block, mask = tiny_lpd.blocks[0], training_mask((1, 3, 5, 7))
+    x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weights = attention.attention_weights(block, x, mask)
+        assert (weights[:, :, ~mask] == 0).all()
+        v = block.attn.qkv(block.norm1(x))[..., 64:].view(2, 32, 4, 8).transpose(1, 2)
+        found = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(found, block.attn(block.norm1(x), mask), rtol=0, atol=1e-6)
+
+
+def test_a_query_pays_all_of_its_weight_and_sees_all_tokens_before_its_group(tmp_path):
+    flags = {**dict.fromkeys(["orders", "steps"]), "generation_steps": 4}
+    finished(call_main(attention.main, *likelihood_flags(tmp_path, **flags)))
+    found = read_json(tmp_path / "attention.json")
+    np.testing.assert_allclose(np.sum(found["weight"], axis=-1), 1, atol=1e-5)
+    sizes = np.array(cosine_group_sizes(16, 4))
+    before = np.cumsum(sizes) - sizes
+    assert sum(found["tokens_seen"][:-2]) == pytest.approx((sizes * before).sum() / 16)
+    assert found["tokens_seen"][-2:] == pytest.approx([1, (sizes**2).sum() / 16])
+    assert (tmp_path / "attention.png").exists()
+
+
+# ablation
+
+
+def test_what_queries_of_a_group_see_of_one_another():
+    masks = {name: ablation.mask_of(name, (1, 2), torch.device("cpu")) for name in ablation.VARIANTS}
+    assert {name: mask[3:, 3:].int().tolist() for name, mask in masks.items()} == {
+        "each other": [[1, 0, 0], [0, 1, 1], [0, 1, 1]],
+        "context only": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        "those before": [[1, 0, 0], [0, 1, 0], [0, 1, 1]],
+    }
+
+
+def test_the_ablation_trains_and_compares_three_models(tmp_path):
+    flags = {"cached_path": token_cache(), "output_dir": tmp_path, "train_steps": 3, "num_images": 3}
+    words = words_of({**flags, "batch_size": 4, "steps": [3, 4], "order": "spread"})
+    finished(call_main(ablation.main, *words, *ON_CPU))
+    rows = read_json(tmp_path / "ablation.json")["rows"]
+    assert len(rows) == 6 and {row["difference"] for row in rows[:2]} == {0.0}
+    assert all(row["difference"] for row in rows[2:])
