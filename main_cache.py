@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.cache import convert_mar, differing_share, encode_shards, prepare_encoder
 from models.vqgan import VQModel
 from models.weights import state_digest
-from util import cli, distributed, folders
+from util import cli, device, distributed, folders
 from util.token_cache import CacheMeta, CacheWriter, MarCache, names_digest
 
 
@@ -91,6 +91,7 @@ def encode(args):
     with cli.checking():
         world = distributed.init(args.device)
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device)
+        distributed.say(device.describe(tokenizer, world.device, bf16=args.bf16))
         parts = open_parts(args, tokenizer, world)
     missing, errors = [(folder, writer) for folder, writer in parts if not writer.complete], []
     if not missing:

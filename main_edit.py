@@ -15,7 +15,7 @@ from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import random_orders
 from util import cli, images, pictures
-from util.device import choose_device
+from util.device import choose_device, describe
 from util.files import write_json
 
 RECORD = "edit.json"  # what was made and how; marks a folder as this program's
@@ -117,8 +117,7 @@ def save(output, pixels, cells, edited, film):
     for i, image in enumerate(edited):
         pictures.save_png(output / f"images/{i:05d}.png", image)
     rows = np.concatenate([originals, kept, edited[:SHOWN]])
-    sheet = pictures.labelled_rows(rows, ["original", "kept", "edited"])
-    pictures.save_png(output / "sheet.png", sheet)
+    pictures.save_png(output / "sheet.png", pictures.labelled_rows(rows, ["original", "kept", "edited"]))
     frames = [pictures.grid(shown, len(kept)) for shown in (kept, *film)]
     pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
 
@@ -132,18 +131,19 @@ def main(argv=None):
         image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))
         model, tokenizer, settings, label, pixels, cells = load(args, image)
         cli.prepare_output(args, RECORD)
+    print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16)
-    output, generated = Path(args.output_dir), [np.flatnonzero(row).tolist() for row in cells]
-    record = {name: getattr(args, name) for name in ("image", "num", "bf16", "paste")}
-    record |= {"settings": settings.as_json(), "label": label, "generated_cells": generated}
+    output, record = Path(args.output_dir), {n: getattr(args, n) for n in ("image", "num", "bf16", "paste")}
+    record |= {"settings": settings.as_json(), "label": label}
+    record["generated_cells"] = [np.flatnonzero(row).tolist() for row in cells]
     write_json(output / RECORD, record)
     tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
     if args.paste is not None:
         edited = images.paste(pixels, edited, cells, args.paste)
     save(output, pixels, cells, edited, film)
-    print(f"{len(generated[0])} of {cells.shape[1]} cells generated in {len(settings.group_sizes)} steps")
-    print(f"pictures: {output}/sheet.png, film.gif, images/")
+    steps = len(settings.group_sizes)
+    print(f"{cells[0].sum()} of {cells[0].size} cells generated in {steps} steps: {output}/sheet.png")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from models.vqgan import VQModel
 from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
 from util import cli, distributed, folders
+from util.device import describe
 from util.files import refuse_changes
 from util.token_cache import names_digest, open_token_cache, split_cache
 
@@ -220,6 +221,7 @@ def run_evaluation(args, world):
             class_num=model.config.num_classes,
         )
         digest = state_digest(model)  # of the weights in the file, before they become bfloat16
+        distributed.say(describe(model, world.device, bf16=args.bf16))
         given = {"bf16": args.bf16, "compiled": args.compile}
         model, decoder = for_inference(model, tokenizer, world.device, **given)
         spec = evaluation_spec(args, model, tokenizer, world.device, digest)
@@ -228,8 +230,7 @@ def run_evaluation(args, world):
     generate = FastGenerator(model).generate_tokens if args.compile else None
     with cli.sole_writer("--output_dir", args.output_dir, world):
         result = evaluate.evaluate(spec, args.output_dir, model, decoder, world, generate=generate)
-    if world.is_main:
-        report.print_result(result)
+    report.print_result(result)
 
 
 def main(argv=None):

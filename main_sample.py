@@ -21,7 +21,7 @@ from models.weights import ORDER_SUFFIXES, find
 from orders.plot import steps_of_cells
 from orders.schedule import cosine_group_sizes
 from util import cli, pictures
-from util.device import choose_device
+from util.device import choose_device, describe
 from util.files import write_json
 from util.images import to_uint8
 
@@ -119,7 +119,8 @@ def main(argv=None):
         device = choose_device(args.device)
         model, tokenizer, variants, labels, names = load(args)
         cli.prepare_output(args, RECORD)
-    output = Path(args.output_dir)
+    output, sheets, timings = Path(args.output_dir), [], []
+    print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
     record = {"settings": variants[0].as_json(), "labels": labels.tolist()}
     record |= {"bf16": args.bf16, "compile": args.compile}
@@ -127,7 +128,6 @@ def main(argv=None):
     make = partial(generate_images, model, decoder)
     if args.compile:
         make = FastGenerator(model, decoder).generate_images
-    sheets, timings = [], []
     for settings in variants:
         images, timing = generate(make, settings, labels, args.batch_size)
         sheets.append(save_images(output, timing["steps"], images, labels, names, args.num_per_class))

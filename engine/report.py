@@ -11,28 +11,10 @@ from engine.fast import for_inference
 from engine.generate import generate_images
 from models.weights import state_digest
 from util import pictures
-from util.device import device_name, is_cuda
+from util.device import describe, device_name
 from util.distributed import say
 from util.files import value_digest, write_json
 from util.logging import MetricsLog, read_metrics, record_start, tensorboard_listener, wandb_listener
-
-
-def print_facts(facts):
-    """Print a dict as aligned lines, once among all processes."""
-    for name, value in facts.items():
-        say(f"{name:<14}{value}")
-
-
-def model_facts(model, device, *, bf16):
-    """What to print of a model that is used, as a dict: its parameters, the device, the precision."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    threads = "" if is_cuda(device) else f", {torch.get_num_threads()} threads"
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return {
-        "model": f"{type(model).__name__}, {parameters:,} parameters",
-        "device": device_name(device) + threads + (f", {processes} processes" if processes > 1 else ""),
-        "precision": "bfloat16" if bf16 else "float32",
-    }
 
 
 def start_run(output_dir, state, steps, data, world, *, tensorboard=False, wandb=None):
@@ -43,15 +25,18 @@ def start_run(output_dir, state, steps, data, world, *, tensorboard=False, wandb
     Returns:
         the MetricsLog of a run that starts or resumes at `state.step`; None on all but the first process.
     """
-    config, facts = state.config, model_facts(state.model, world.device, bf16=state.config.bf16)
+    config, precision = state.config, "bfloat16" if state.config.bf16 else "float32"
+    say(describe(state.model, world.device, bf16=config.bf16))
     left = f", {steps - state.step:,} of them left" if state.step else ""
-    print_facts({**facts, "learning rate": f"{config.lr:g}", "steps": f"{steps:,}{left}"})
+    processes = f" on {world.size} processes" if world.size > 1 else ""
+    say(f"{steps:,} steps{left}{processes}, learning rate {config.lr:g}")
     if not world.is_main:
         return None
     settings, listeners = dataclasses.asdict(config), []
     write_json(Path(output_dir) / "config.json", settings)
     if state.step < steps:
-        record_start(output_dir, step=state.step, **facts, processes=world.size, data=data)
+        place = {"device": device_name(world.device), "precision": precision, "processes": world.size}
+        record_start(output_dir, step=state.step, steps=steps, **place, data=data)
     if tensorboard:
         listeners.append(tensorboard_listener(output_dir))
     if wandb:
@@ -116,7 +101,10 @@ def evaluation_hook(spec, tokenizer, output_dir, world):
 
 
 def print_result(result):
-    """Print an evaluation's settings and metrics as a table, and its warnings."""
+    """Print an evaluation's settings and metrics as a table, and its warnings; `result` is None on all
+    processes but the first."""
+    if result is None:
+        return
     seconds = result["seconds"]["generate"] + result["seconds"]["decode"]
     table = {name: result[name] for name in ("order", "steps", "cfg", "num_images")} | result["metrics"]
     for name, value in {**table, "seconds_per_image": seconds / result["num_images"]}.items():

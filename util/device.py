@@ -54,6 +54,14 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def describe(model, device, *, bf16):
+    """A line for the start of a program: a model's class and parameters, the device, the precision."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    precision = "bfloat16" if bf16 else "float32"
+    return f"{type(model).__name__}: {parameters:,} parameters; {device_name(device)}{threads}; {precision}"
+
+
 def free_memory(device):
     """Free bytes of the device's own memory; 0 if unknown."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
