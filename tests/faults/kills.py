@@ -103,8 +103,9 @@ def comparable(value, folder):
 
 
 def results(folder):
-    """Relative path -> digest of every file of a run."""
+    """Relative path -> digest of every file of a run but `runs.jsonl`, the history of its starts."""
     digests = contents(folder)
+    digests.pop("runs.jsonl", None)
     for name in digests:
         path = folder / name
         if path.suffix == ".pth":
