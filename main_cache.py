@@ -78,7 +78,8 @@ def open_parts(args, tokenizer, world):
     name stay among the others: `split_cache` tells them apart."""
     train, val = folders.split_folder(args.data_path, 0, cli.reading(args))
     places = {Path(args.cached_path): train} | ({Path(args.cached_path) / "val": val} if val else {})
-    distributed.say(folders.summary(train.root, train.class_names, train, val, train.left_out))
+    head = f"{train.root}: {len(train)} images{f', {len(val)} in {val.root}' if val else ''}"
+    distributed.say(folders.listing(head, train.class_names, train.labels, train.left_out))
     how = {"precision": "bf16" if args.bf16 else "fp32", "reading": str(train.reading)}
     return [
         (folder, CacheWriter(place, describe(args, tokenizer, folder.names, folder.class_names, **how)))

@@ -111,6 +111,8 @@ def split_folder(path, val_fraction=None, reading=Reading()):
     train = list_images(path / "train" if split else path, reading)
     if split and _has_classes(path / "val"):
         val = list_images(path / "val", reading, train.class_names)
+        left_out = tuple(f"val/{name}" for name in val.left_out)
+        train = replace(train, left_out=train.left_out + left_out)
     else:
         mask = held_out(train.names, val_fraction_of(val_fraction, reading.published))
         train, val = train.subset(~mask), train.subset(mask)
@@ -131,16 +133,17 @@ def class_counts(class_names, labels, most=20):
     return f"from {counts[few]} ({class_names[few]}) to {counts[many]} ({class_names[many]}) in each"
 
 
-def summary(place, class_names, train, val=None, left_out=()):
-    """Lines for the start of a program: how many images there are to train on and how many are held out, the
-    classes with their counts, and what was left out. `train` and `val` have `labels`."""
-    held = val.labels if val else train.labels[:0]
-    counts = class_counts(class_names, np.concatenate([train.labels, held]))
-    lines = [
-        f"{place}: {len(train.labels)} training images, {len(held)} held out; {len(class_names)} classes",
-        f"  {counts}",
-    ]
+def listing(head, class_names, labels, left_out=()):
+    """Lines for the start of a program: `head`, the classes with their counts, and what was left out."""
+    lines = [f"{head}; {len(class_names)} classes", f"  {class_counts(class_names, labels)}"]
     return "\n".join(lines + [f"  left out: {', '.join(left_out)}"] * bool(left_out))
+
+
+def summary(place, class_names, train, val=None, left_out=()):
+    """A `listing` that says how many images there are to train on and held out; both have `labels`."""
+    held = val.labels if val else train.labels[:0]
+    head = f"{place}: {len(train.labels)} training images, {len(held)} held out"
+    return listing(head, class_names, np.concatenate([train.labels, held]), left_out)
 
 
 def without_unreadable(folder, size, world, num_workers):

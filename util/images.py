@@ -38,7 +38,7 @@ class Reading:
         """A PIL image of any mode as one of mode RGB."""
         if self.published:
             return image.convert("RGB")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "CMYK" and "icc_profile" in image.info:
             return _managed(image)
         if image.mode == "I" or image.mode.startswith("I;16"):

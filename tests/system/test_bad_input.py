@@ -91,6 +91,7 @@ CASES = [  # command, changed flags, words of the error
     ("edit", {"box": None, "outpaint": [8, 0, 8, 0]}, ["8 0 8 0", "16x16"]),
     ("edit", {"box": None, "outpaint": [7, 7, 6, 6]}, ["--outpaint", "no whole cell of 4 pixels"]),
     ("edit", {"box": None, "variations": 0.01}, ["nothing to generate"]),
+    ("cache", {"background": "see-through"}, ["--background", "see-through", "no colour"]),
     ("cache", {"data_path": "{empty}"}, ["{empty}", "no class sub-folders"]),
     ("cache", {"out": "{file}"}, ["--cached_path", "{file}"]),
     ("tokenizer", {"img_size": 17}, ["--img_size 17", "stride 4"]),

@@ -67,7 +67,7 @@ def test_val_folder_is_held_out_with_the_classes_of_train(tmp_path):
     touch(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "val/b/2.png", "val/d/1.png")
     train, val = split_folder(tmp_path)
     assert len(train) == 3 and (val.names, val.labels.tolist()) == (("b/2.png",), [1])
-    assert val.class_names == train.class_names and val.left_out == ("d (no such class)",)
+    assert val.class_names == train.class_names and train.left_out == ("val/d (no such class)",)
 
 
 def test_folder_named_train_or_val_without_classes_in_it_is_no_split(tmp_path):
