@@ -28,6 +28,7 @@ def parse_args(argv=None):
     add("--shard_size", type=cli.number(int, 1), default=4096, help="images of a shard")
     add("--from_mar", metavar="DIR", help="convert this MAR-style folder; nothing is encoded")
     cli.add_device_flags(parser)
+    cli.add_timeout_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -90,7 +91,7 @@ def open_parts(args, tokenizer, world):
 def encode(args):
     """Encode --data_path. Returns name and reason of the unreadable images."""
     with cli.checking():
-        world = distributed.init(args.device)
+        world = distributed.init(args.device, args.timeout)
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device)
         distributed.say(device.describe(tokenizer, world.device, bf16=args.bf16))
         parts = open_parts(args, tokenizer, world)

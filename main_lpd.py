@@ -35,6 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", metavar="DIR")
     cli.add_seed_flag(parser)
     cli.add_device_flags(parser)
+    cli.add_timeout_flag(parser)
     parser.add_argument("--compile", action="store_true", help="compiled training, captured generation")
     training = parser.add_argument_group("training")
     add = training.add_argument
@@ -238,7 +239,7 @@ def main(argv=None):
     check_flags(args)
     with cli.checking():
         args.lpd_order_file = args.lpd_order_file and find(args.lpd_order_file, ORDER_SUFFIXES)
-        world = distributed.init(args.device)
+        world = distributed.init(args.device, args.timeout)
     try:
         (run_evaluation if args.evaluate else run_training)(args, world)
     except (LossNotFinite, evaluate.EvaluationFailed, ModuleNotFoundError) as error:

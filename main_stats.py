@@ -34,6 +34,7 @@ def parse_args(argv=None):
     add("--features", choices=EXTRACTORS, default="inception")
     add("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
     cli.add_device_flags(parser)
+    cli.add_timeout_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -109,7 +110,7 @@ def main(argv=None):
     args = parse_args(argv)
     check(args)
     with cli.checking():
-        world = distributed.init(args.device)
+        world = distributed.init(args.device, args.timeout)
         n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args, world)
         if n < 2:
             raise ValueError(f"{n} images: statistics need at least 2")

@@ -40,6 +40,7 @@ def parse_args(argv=None):
     add("--save_every", type=cli.number(int, 1), help="steps between checkpoints; default: every 5 minutes")
     cli.add_seed_flag(parser)
     cli.add_device_flags(parser)
+    cli.add_timeout_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -49,7 +50,7 @@ def main(argv=None):
     cli.existing_folder("--data_path", args.data_path)
     output_dir = cli.writable_folder("--output_dir", args.output_dir)
     with cli.checking():
-        world = distributed.init(args.device)
+        world = distributed.init(args.device, args.timeout)
         pretrained = VQModel.load(args.pretrained_ckpt)[0] if args.pretrained_ckpt else None
         model = model_config(args, pretrained)
         folder, held_out = cli.open_folders(args, args.img_size, world)

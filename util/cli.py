@@ -1,7 +1,7 @@
 """What the command-line programs share: flags, checks before anything slow starts, errors in one line.
 
-Exit status 2 is wrong usage (flags or the files they name), 1 a failure while running, 128 + n a stop by
-signal n.
+Exit status 2 is wrong usage (flags or the files they name), 1 a failure while running, 75 the loss of other
+processes (sysexits.h: try again), 128 + n a stop by signal n.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import ImageColor
 
 from util import files, folders
-from util.distributed import Stopped, ending_workers, is_peer_failure, say
+from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
 
@@ -198,6 +198,13 @@ def open_folders(args, img_size, world):
     return train, val
 
 
+def add_timeout_flag(parser):
+    """--timeout, for programs that run as several processes."""
+    parser.add_argument(
+        "--timeout", type=number(float, 0.01), default=10, help="minutes that a process waits for the others"
+    )
+
+
 def add_tokenizer_flags(parser):
     """--vqgan_path, and what may be stated of the tokenizer."""
     parser.add_argument(
@@ -365,7 +372,8 @@ def sole_writer(flag, folder, world):
 
 # How a program ends.
 
-ONE_LINE = (UsageError, Failure, UnreadableImage, DamagedCache, OSError)
+ONE_LINE = (UsageError, Failure, UnreadableImage, DamagedCache, OSError, files.FolderInUse)
+PEER_LOST = 75
 
 
 def run(main):
@@ -382,21 +390,21 @@ def run(main):
         sys.exit(130)
     except Exception as error:
         report(f"error: {error}" if isinstance(error, ONE_LINE) else traceback.format_exc().strip(), error)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
 
 
 def report(message, error):
     """Report the failure of this process once: by itself, or through the launcher if there is one.
 
     torchrun and scripts/cli/agent.py print what the first worker to fail wrote into its error file. A worker
-    that only lost its peer writes nothing, and leaves the launcher time to find the one that failed.
+    that only lost its peer first leaves the launcher time to find one that failed on this machine.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if is_peer_failure(error):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        message = f"error: {describe_loss(error)}"
     if not error_file:
         print(message, file=sys.stderr)
-    elif is_peer_failure(error):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
     else:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

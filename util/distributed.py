@@ -6,6 +6,7 @@ Everything works alike for a single process without torchrun.
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,8 +35,12 @@ class World:
         return self.rank == 0
 
 
-def init(device_name="auto"):
-    """Join the processes that torchrun started, if any, and choose the device. Returns the World."""
+def init(device_name="auto", timeout=10):
+    """Join the processes that torchrun started, if any, and choose the device. Returns the World.
+
+    timeout: minutes that a process waits for the others before it ends with an error.
+    """
+    global _roll_call
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return World(0, 1, device)
@@ -44,7 +49,8 @@ def init(device_name="auto"):
             _follow(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
         # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout))
+        _roll_call = RollCall()
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -114,6 +120,44 @@ def is_peer_failure(error):
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+class RollCall:
+    """Finds out which processes are lost: after a collective has failed, each one that is well reports."""
+
+    def __init__(self):
+        self.hosts = gather_objects(socket.gethostname())  # by rank
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = torch.distributed.TCPStore(*address, is_master=False)
+        self._reported = None
+
+    def lost(self, seconds):
+        """Report, wait for the others, and return the ranks that did not: all on the machine of the store,
+        which is that of rank 0, if the store does not answer."""
+        thread = threading.Thread(target=self._report, args=[seconds], daemon=True)
+        thread.start()
+        thread.join(2 * seconds)
+        if self._reported is None:
+            return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
+        return [rank for rank in range(len(self.hosts)) if rank not in self._reported]
+
+    def _report(self, seconds):
+        self._store.set(f"report/{torch.distributed.get_rank()}", "")
+        time.sleep(seconds)
+        self._reported = [r for r in range(len(self.hosts)) if self._store.check([f"report/{r}"])]
+
+
+_roll_call = None  # of the process group
+
+
+def describe_loss(error, seconds=10):
+    """A line about a peer failure, which takes `seconds`: the processes that are lost, and where they ran."""
+    if _roll_call is None:
+        return str(error)
+    ranks, hosts = _roll_call.lost(seconds), _roll_call.hosts
+    lost = ", ".join(f"process {rank} on {hosts[rank]}" for rank in ranks) or "one for a moment"
+    rank = torch.distributed.get_rank()
+    return f"process {rank} on {hosts[rank]} waited in vain for {lost} ({str(error).splitlines()[0]})"
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, arrays, digests, and the lock of a run folder."""
+"""Files that are whole or absent: atomic writes, JSON, arrays, digests, and the owner of a run folder."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +25,32 @@ def _umask():
 
 
 def _remove_leftovers(path):
-    """Remove the temporary files of killed processes that were writing `path`."""
+    """Remove the temporary files of killed processes that were writing `path`: those of this machine, and all
+    if this process is the folder's sole writer."""
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = partial.name.split(".")[-2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+        pid, _, host = partial.name[len(path.name) + 2 : -4].partition("-")
+        gone = host == socket.gethostname() and not Path("/proc", pid).exists()
+        if pid.isdigit() and (gone or _holds(path)):
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed."""
+    """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed.
+
+    Raises:
+        FolderInUse: as `check_owner`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{socket.gethostname()}.tmp")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        check_owner(path)
         partial.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)  # so that a full disk is reported with the file
@@ -56,34 +63,85 @@ class FolderInUse(ValueError):
     """Another program writes into this folder; the message names both."""
 
 
+_held = {}  # folder -> the content of its .owner while this process is its sole writer
+
+
 @contextmanager
 def sole_writer(folder):
     """Inside it no other program that asks may write into `folder`, which is created if needed.
 
     The kernel holds the lock and releases it however this process ends. Machines that share the folder share
-    the lock if its file system has POSIX locks (NFS; Lustre mounted with `flock`).
+    the lock if its file system has POSIX locks (NFS; Lustre mounted with `flock`). A later attempt of a SLURM
+    job takes the folder over from an earlier one, whose machine was cut off; see `check_owner`.
 
     Raises:
         FolderInUse: another program holds it; the message names it.
     """
-    path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise FolderInUse(f"{folder} is in use by {file.read().strip() or 'another program'}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    folder, me = Path(folder).resolve(), _this_process()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, me):
+        _held[folder] = me
+        (folder / ".owner").write_text(me)
         try:
             yield
         finally:
-            file.truncate(0)
+            del _held[folder]
+            if _owner_of(folder) == me:
+                (folder / ".owner").unlink()
+
+
+def _locked(folder, me):
+    """The folder's .lock as an open file that holds the lock until it is closed."""
+    path = folder / ".lock"
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        owner = _owner_of(folder)
+        if not _is_earlier_attempt(owner, me):
+            raise FolderInUse(f"{folder} is in use by {owner or 'another program'}") from None
+        path.unlink(missing_ok=True)  # the earlier attempt keeps the lock of a file without a name
+        return _locked(folder, me)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return file
+
+
+def _this_process():
+    attempt = ""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        attempt = f", attempt {os.environ.get('SLURM_RESTART_COUNT', 0)} of SLURM job {job}"
+    return f"process {os.getpid()} on {socket.gethostname()}{attempt}"
+
+
+def _is_earlier_attempt(owner, me):
+    theirs, ours = (re.search(r"attempt (\d+) of SLURM job (\d+)", line) for line in (owner, me))
+    return bool(theirs and ours) and theirs[2] == ours[2] and int(theirs[1]) < int(ours[1])
+
+
+def _owner_of(folder):
+    with suppress(FileNotFoundError):
+        return (folder / ".owner").read_text()
+    return ""
+
+
+def check_owner(path):
+    """Refuse to write `path` into a folder that another process has taken over from this, its sole writer.
+
+    Raises:
+        FolderInUse: the message names both processes.
+    """
+    for folder in _holds(path):
+        me, owner = _held[folder], _owner_of(folder)
+        if owner != me:
+            raise FolderInUse(f"{folder} is taken over by {owner or 'another run'}: {me} writes no more")
+
+
+def _holds(path):
+    """The folders of `sole_writer`, inside which this process is, that contain a path."""
+    return [folder for folder in _held if folder in Path(path).resolve().parents]
 
 
 def write_json(path, value):

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from util.files import atomic
+from util.files import atomic, check_owner
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
@@ -31,6 +31,7 @@ class MetricsLog:
 
     def write(self, step, **values):
         """Log floats and strings at a step."""
+        check_owner(self.path)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for listener in self.listeners:

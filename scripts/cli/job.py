@@ -1,11 +1,10 @@
 """A command as a job: on each machine of a SLURM job, or on this machine.
 
-The contract with the command: started again it resumes, SIGUSR2 asks it to stop, and exit status 2 means that
-trying again is pointless.
+The contract with the command: started again it resumes, SIGUSR2 asks it to stop, exit status 2 means that
+trying again is pointless, and 75 that processes on another machine were lost.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,9 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.files import write_json
+from scripts.cli.attempt import FAILED, FINISHED, LOST, TIME_LIMIT, Attempt
 
-WRONG_USAGE = 2
+WRONG_USAGE, PEER_LOST = 2, 75
+PATIENCE = 30  # seconds that a machine which only lost others leaves to the one that failed
 
 
 def _descendants(pid):
@@ -107,77 +107,64 @@ class Job:
     def __call__(self):
         """Run on one machine of a SLURM job; submitit calls this once per machine.
 
-        At the time limit (SIGUSR2) the command is asked to stop and the job is requeued; after a failure it
-        is requeued `max_retry` times. SIGTERM means cancelled or preempted, when SLURM requeues by itself.
-        Raises RuntimeError with the command's last error once it has failed for good.
+        The job is queued again when the command has stopped for the time limit (SIGUSR2), after `max_retry`
+        failures, and when processes on another machine were lost. On SIGTERM SLURM or the batch script
+        decides. Raises RuntimeError with the reason of a final failure.
         """
         import submitit
 
         place = submitit.JobEnvironment()
-        job_id, rank = place.job_id, place.global_rank
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        print(f"attempt {attempt}, machine {rank} of {place.num_nodes}: {' '.join(self.command)}", flush=True)
-        variables = self._variables(place.num_nodes, rank, place.hostnames[0], 20000 + int(job_id) % 10000)
+        rank, hosts, log = place.global_rank, place.hostnames, place.paths.stderr
+        attempt = Attempt.of_this_process(self.folder)
+        attempt.kill_earlier()
+        if rank == 0:
+            attempt.begin(hosts)
+        words = " ".join(self.command)
+        print(f"attempt {attempt.number}, machine {rank} of {place.num_nodes}: {words}", flush=True)
+        variables = self._variables(place.num_nodes, rank, hosts[0], 20000 + int(place.job_id) % 10000)
         status, received = run_command(self.command, variables, patience=self.grace - 5)
-        if status == 0:
+        if status == 0 or received == signal.SIGUSR2:
             if rank == 0:
-                write_json(Path(self.folder) / f"{job_id}_finished.json", {"attempt": attempt})
-        elif received == signal.SIGUSR2:
-            print(f"time is up, status {status}", flush=True)
-            if rank == 0:
-                _requeue(job_id, status)
+                self._conclude(attempt, TIME_LIMIT if status else FINISHED, status, "")
         elif received:
             sys.exit(status)
-        elif not self._record_failure(job_id, attempt, rank, status, place.paths.stderr):
-            time.sleep(60)  # the first machine to fail decides, and that ends this process
-            sys.exit(status)
-        elif self._may_retry(job_id, status):
-            _requeue(job_id, status)
+        elif status == PEER_LOST:
+            time.sleep(PATIENCE)
+            self._conclude(attempt, LOST, status, last_error(log))
         else:
-            raise RuntimeError(f"exit status {status}: {last_error(place.paths.stderr)}")
+            self._conclude(attempt, FAILED, status, f"exit status {status}: {last_error(log)}")
+
+    def _conclude(self, attempt, cause, status, reason):
+        """Record the end of an attempt and queue the job again, if this machine is the first to do so."""
+        if cause != FINISHED and not attempt.is_running():
+            sys.exit(status)  # a newer attempt runs, or none is wanted
+        if not attempt.end(cause, reason):
+            time.sleep(60)  # the first machine decides, and that ends this process
+            sys.exit(status)
+        if cause == TIME_LIMIT or status not in (0, WRONG_USAGE) and attempt.may_follow(self.max_retry):
+            attempt.queue_again()
+            sys.exit(status)
+        if status:
+            raise RuntimeError(reason)
 
     def run_here(self):
         """Run on this machine in the foreground, log to FOLDER/local_PID_log.out; returns the exit status."""
         job_id = f"local_{os.getpid()}"
         log = Path(self.folder) / f"{job_id}_log.out"
-        for attempt in range(self.max_retry + 1):
+        for _ in range(self.max_retry + 1):
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 variables = self._variables(1, 0, "127.0.0.1", free.getsockname()[1])
             tee = subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True)
             status, received = run_command(self.command, variables, output=tee.stdin)
             tee.communicate()
-            if status == 0 or received:
-                break
-            self._record_failure(job_id, attempt, 0, status, log)
-            if not self._may_retry(job_id, status):
+            if received or status in (0, WRONG_USAGE):
                 break
         return status
 
     def _variables(self, nodes, rank, address, port):
         place = {"NNODES": nodes, "NODE_RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": port}
         return {**os.environ, **self.environment, **{name: str(value) for name, value in place.items()}}
-
-    def _record_failure(self, job_id, attempt, rank, status, log):
-        """Write the record of a failed attempt; returns whether this machine is the first to do so."""
-        machine, error = socket.gethostname(), last_error(log)
-        record = {"attempt": attempt, "machine": machine, "rank": rank, "status": status, "error": error}
-        try:
-            with Path(self.folder, f"{job_id}_failed_{attempt}.json").open("x") as file:
-                json.dump(record, file)
-        except FileExistsError:
-            return False
-        return True
-
-    def _may_retry(self, job_id, status):
-        failures = len(list(Path(self.folder).glob(f"{job_id}_failed_*.json")))
-        return status != WRONG_USAGE and failures <= self.max_retry
-
-
-def _requeue(job_id, status):
-    print("queued again", flush=True)
-    subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
-    sys.exit(status)
 
 
 def slurm_state(job_id):

@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from scripts.cli.attempt import FINISHED, records, story
 from scripts.cli.job import Job, slurm_state
 from util import cli
 from util.files import read_json, write_json
@@ -102,6 +104,7 @@ def job_of(args):
 
 def sbatch_settings(args):
     """Keyword arguments of submitit's `update_parameters`."""
+    after_failure = [sys.executable, "-m", "scripts.cli.attempt", str(args.output_dir / "jobs")]
     chosen = {
         "job_name": args.job_name, "partition": args.partition, "account": args.account, "nodes": args.nodes,
         "ntasks_per_node": 1, "gpus_per_node": args.gpus_per_node or None, "time": args.time, "qos": args.qos,
@@ -109,6 +112,7 @@ def sbatch_settings(args):
         "additional_parameters": {"requeue": True, **dict(args.sbatch or [])},
         "srun_args": ["--kill-on-bad-exit=1", "--cpu-bind=none"],
         "setup": [f"export PYTHONPATH={REPO}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "teardown": [f"status=$?; ((status == 0)) || exec {shlex.join(after_failure)} $status"],
     }
     return {name: value for name, value in chosen.items() if value is not None}
 
@@ -149,16 +153,12 @@ def find_job(text):
 
 
 def status(jobs, job_id):
-    """Print the state of a job and its failures."""
-    failures = [read_json(path) for path in sorted(jobs.glob(f"{job_id}_failed_*.json"))]
+    """Print the state of a job and the story of its attempts."""
+    ended = records(jobs, job_id)
     state = slurm_state(job_id)
     if state is None:  # SLURM has forgotten it: the job's own records remain
-        done = (jobs / f"{job_id}_finished.json").exists()
-        state = "COMPLETED" if done else "FAILED" if failures else "UNKNOWN"
-    print(f"job {job_id}: {state}")
-    for failure in failures:
-        print("attempt {attempt} on {machine}: exit status {status}: {error}".format(**failure))
-    print(f"logs in {jobs}")
+        state = "UNKNOWN" if not ended else "COMPLETED" if ended[-1]["cause"] == FINISHED else "FAILED"
+    print(f"job {job_id}: {state}", *story(jobs, job_id), f"logs in {jobs}", sep="\n")
 
 
 def cancel(jobs, job_id):

@@ -140,12 +140,20 @@ def test_worker_writes_its_error_for_the_launcher_and_prints_nothing(error_file,
     assert capsys.readouterr().err == ""
 
 
-def test_worker_that_lost_its_peer_leaves_the_report_to_that_one(error_file, capsys, monkeypatch):
-    waits, handler = [], signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(cli.time, "sleep", waits.append)
-    assert end(LOST_PEER) == 1
-    assert signal.signal(signal.SIGTERM, handler) == signal.SIG_DFL  # the launcher may end it meanwhile
-    assert waits == [10] and not error_file.exists() and capsys.readouterr().err == ""
+def test_worker_that_lost_its_peer_may_be_ended_while_it_finds_out_which(error_file, capsys, monkeypatch):
+    handlers, handler = [], signal.getsignal(signal.SIGTERM)
+
+    def describe(error):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        assert not error_file.exists()
+        return "process 0 waited"
+
+    monkeypatch.setattr(cli, "describe_loss", describe)
+    assert end(LOST_PEER) == cli.PEER_LOST
+    signal.signal(signal.SIGTERM, handler)
+    assert handlers == [signal.SIG_DFL]
+    assert json.loads(error_file.read_text())["message"]["message"] == "error: process 0 waited"
+    assert capsys.readouterr().err == ""
 
 
 # Stop signals.

@@ -1,6 +1,7 @@
 """Files are whole or absent, damaged ones are refused by name, and one program at a time writes a folder."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -22,13 +23,23 @@ def test_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 
 def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_left(tmp_path):
-    """No process has the number 999999999; process 1 always lives."""
-    dead, living, of_another = (tmp_path / f".{name}.tmp" for name in ("a.999999999", "a.1", "b.999999999"))
-    for left in (dead, living, of_another):
+    """No process has the number 999999999; process 1 always lives. Which live elsewhere is not known, unless
+    nobody else may write there."""
+    here, dead = socket.gethostname(), 999999999
+    names = [f".a.{dead}-{here}", f".a.1-{here}", f".a.{dead}-there", f".b.{dead}-{here}"]
+    gone, *others = (tmp_path / f"{name}.tmp" for name in names)
+    for left in (gone, *others):
         left.write_text("half")
-    with files.atomic(tmp_path / "a") as partial:
+    write_a(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+    with files.sole_writer(tmp_path):
+        write_a(tmp_path)
+    assert sorted(tmp_path.glob(".*.tmp")) == others[-1:]
+
+
+def write_a(folder):
+    with files.atomic(folder / "a") as partial:
         partial.write_text("whole")
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", living, of_another])
 
 
 @pytest.fixture
@@ -72,6 +83,48 @@ def test_folder_in_use_is_refused_by_its_writers_name_and_free_once_that_is_kill
         holder.kill()
     with files.sole_writer(tmp_path):
         pass
+
+
+STALE = """
+import sys, time
+from util.files import FolderInUse, sole_writer, write_json
+from util.logging import MetricsLog
+with sole_writer(sys.argv[1]):
+    log = MetricsLog(sys.argv[1])
+    log.write(1, loss=1.0)
+    print("held", flush=True)
+    sys.stdin.readline()
+    for write in (lambda: log.write(2, loss=2.0), lambda: write_json(sys.argv[1] + "/late.json", 2)):
+        try:
+            write()
+        except FolderInUse as error:
+            print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("job,attempt", [("17", "1"), ("17", "0"), ("18", "1")])
+def test_only_a_later_attempt_of_the_same_job_takes_a_folder_over(job, attempt, tmp_path, monkeypatch):
+    """And then the earlier one, which is on a machine that had been cut off, writes nothing more."""
+    env = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0"}
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+    command = [sys.executable, "-c", STALE, tmp_path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, **pipes) as stale:
+        assert stale.stdout.readline() == "held\n"
+        if (job, attempt) != ("17", "1"):
+            message = "in use by process .*, attempt 0 of SLURM job 17"
+            with pytest.raises(files.FolderInUse, match=message), files.sole_writer(tmp_path):
+                pass
+            stale.kill()
+            return
+        with files.sole_writer(tmp_path):
+            before = helpers.contents(tmp_path)
+            said = stale.communicate("go on\n")[0].splitlines()
+            assert len(said) == 2 and all(f"taken over by process {os.getpid()}" in line for line in said)
+            assert helpers.contents(tmp_path) == before
+            write_a(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "a", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "truncated", "binary"])

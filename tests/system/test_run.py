@@ -3,6 +3,7 @@ retries, and how scripts/common.sh finds its machines."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from helpers import REPO
 
 from scripts.cli import job, run
+from scripts.cli.attempt import MAX_LOST, Attempt, records
 from scripts.cli.job import Job
 
 
@@ -168,20 +170,29 @@ def place(monkeypatch, tmp_path):
     `requeued` lists the commands given to scontrol."""
     requeued = []
 
-    def act(command, *, rank=0, attempt=0, number=0, **rest):
+    def act(command, *, rank=0, attempt=0, number=0, state="RUNNING", **rest):
         class Place:
             job_id, num_nodes, global_rank, hostnames = "42", 2, rank, ["first", "second"]
             paths = type("Paths", (), {"stderr": tmp_path / f"42_{rank}_log.err"})
 
         Place.paths.stderr.write_text("noise\r  5%|\nerror: what happened\nmore\n")
         monkeypatch.setattr("submitit.JobEnvironment", Place)
+        monkeypatch.setenv("SLURM_JOB_ID", "42")
+        monkeypatch.setenv("SLURMD_NODENAME", "no such machine")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
-        monkeypatch.setattr(job.subprocess, "run", lambda words, **_: requeued.append(words))
+        shown = subprocess.CompletedProcess([], 0, f"JobId=42 JobState={state} Restarts={attempt}")
+
+        def run(words, **_):
+            if words[1] == "requeue":
+                requeued.append(words)
+            return shown
+
+        monkeypatch.setattr(job.subprocess, "run", run)
         monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
         if number:
             monkeypatch.setattr(job, "run_command", lambda *a, **k: (140, number))
         try:
-            return Job(tuple(command), {}, str(tmp_path), **rest)()
+            return Job(tuple(command), {}, **{"folder": str(tmp_path), **rest})()
         except SystemExit as end:
             return end.code
 
@@ -209,8 +220,33 @@ def test_failed_job_is_requeued_once_for_all_machines(place, tmp_path):
     with pytest.raises(RuntimeError, match="exit status 5: error: what happened"):
         place(fail, attempt=1, max_retry=1)
     assert len(place.requeued) == 1
-    record = json.loads((tmp_path / "42_failed_0.json").read_text())
-    assert record["rank"] == 1 and record["status"] == 5 and record["error"] == "error: what happened"
+    first, second = records(tmp_path, "42")
+    assert first["cause"] == second["cause"] == "failed"
+    assert first["reason"] == "exit status 5: error: what happened"
+
+
+def test_lost_attempts_do_not_count_as_failures_but_ten_without_progress_end_the_job(place, tmp_path):
+    """Progress is a new file in the run folder here, after five attempts."""
+    lose = ["bash", "-c", f"exit {job.PEER_LOST}"]
+    folder = {"folder": str(tmp_path / "jobs")}
+    (tmp_path / "jobs").mkdir()
+    for attempt in range(5 + MAX_LOST - 1):
+        if attempt == 5:
+            (tmp_path / "image").touch()
+        assert place(lose, attempt=attempt, **folder) == job.PEER_LOST
+    assert len(place.requeued) == 5 + MAX_LOST - 1
+    with pytest.raises(RuntimeError):
+        place(lose, attempt=5 + MAX_LOST - 1, **folder)
+    with pytest.raises(RuntimeError, match="10 attempts in a row were lost without progress"):
+        place(["true"], attempt=5 + MAX_LOST, **folder)
+    assert len(place.requeued) == 5 + MAX_LOST - 1
+
+
+@pytest.mark.parametrize("state,attempt", [("COMPLETING", 0), ("RUNNING", 1)])
+def test_cancelled_or_earlier_attempt_decides_nothing(state, attempt, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(Attempt, "of_this_process", lambda folder: Attempt(folder, "42", 0))
+    assert place(["bash", "-c", "exit 5"], state=state, attempt=attempt, max_retry=3) == 5
+    assert place.requeued == [] == records(tmp_path, "42")
 
 
 def test_error_of_a_log_is_its_last_error_line_or_its_last_line(tmp_path):
@@ -226,11 +262,11 @@ def test_status_uses_the_records_when_slurm_has_forgotten_the_job(tmp_path, monk
     jobs.mkdir()
     (jobs / "7_submitted.json").write_text('{"job_id": "7"}')
     assert call("status", tmp_path).out.splitlines()[0] == "job 7: UNKNOWN"
-    record = {"attempt": 0, "machine": "m", "rank": 0, "status": 1, "error": "error: e"}
-    (jobs / "7_failed_0.json").write_text(json.dumps(record))
-    expected = "job 7: FAILED\nattempt 0 on m: exit status 1: error: e\n"
-    assert call("status", tmp_path).out.startswith(expected)
-    (jobs / "7_finished.json").write_text("{}")
+    Attempt(str(jobs), "7", 0).begin(["m", "n"])
+    Attempt(str(jobs), "7", 0).end("failed", "exit status 1: error: e")
+    expected = r"job 7: FAILED\nattempt 0 on m, n, \S+ \S+: failed, \S+ \S+: exit status 1: error: e\n"
+    assert re.match(expected, call("status", tmp_path).out)
+    Attempt(str(jobs), "7", 1).end("finished", "")
     assert call("status", tmp_path).out.splitlines()[0] == "job 7: COMPLETED"
 
 

@@ -1,0 +1,279 @@
+"""Faults of a cluster: a training on two of three machines must end as if there had been none.
+
+    PYTHONPATH=tests python tests/faults/machines.py --faults 20 --seed 0
+
+Each fault is of a random kind and comes at a random moment. Needs root: the cluster is that of slurm/cluster.sh.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import helpers
+import torch
+from helpers import REPO
+
+from engine.data import ImageStream
+from models.weights import read_weights
+from scripts.cli.attempt import records
+
+RUN = REPO / "scripts/cli/run.py"
+SLURM = REPO / "tests/faults/slurm"
+TRAIN = ["bash", SLURM / "train.sh", "--epochs", "24"]
+IMAGES, BATCH, STEPS = 160, 12, 320
+WAIT = 300  # seconds for one event, on a busy machine
+
+
+class NoCluster(Exception):
+    """There can be no cluster here; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Three machines, numbered from 1, and their files."""
+
+    folder: Path
+
+    @property
+    def env(self):
+        """The variables by which programs find the cluster; two processes on each machine."""
+        hidden = ("NNODES", "NGPU", "RANK", "WORLD_SIZE", "OUTPUT_DIR")
+        env = {name: value for name, value in os.environ.items() if name not in hidden}
+        path = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
+        own = {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "NGPU": "2"}
+        return {**env, **own, "PATH": path}
+
+    def do(self, verb, *words):
+        """Run cluster.sh, with the number of a machine for most verbs."""
+        command = ["bash", SLURM / "cluster.sh", verb, self.folder, *words]
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+    def call(self, *words):
+        """Run a command of SLURM; returns what it printed."""
+        words = [str(word) for word in words]
+        return subprocess.run(words, env=self.env, capture_output=True, text=True, check=True).stdout
+
+    def run(self, *words, **variables):
+        """Run scripts/cli/run.py; returns the Outcome."""
+        words, env = [sys.executable, RUN, *map(str, words)], {**self.env, **variables}
+        done = subprocess.run(words, env=env, cwd=REPO, capture_output=True, text=True)
+        return helpers.Outcome(done.returncode, done.stdout, done.stderr)
+
+    def submit(self, folder, *words, **variables):
+        """Submit a job with a run folder."""
+        flags = ["-J", "test", "--gpus-per-node", 0, "--output-dir", folder]
+        outcome = helpers.finished(self.run(*flags, *words, **variables))
+        return Job(self, Path(folder), re.match(r"job (\d+) submitted", outcome.out)[1])
+
+
+@contextmanager
+def cluster_in(folder):
+    """A running Cluster."""
+    cluster = Cluster(Path(folder))
+    started = cluster.do("start", 3)
+    if started.returncode:
+        raise NoCluster(started.stderr.strip())
+    try:
+        yield cluster
+    finally:
+        cluster.do("stop")
+
+
+def wait_for(condition, what):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {WAIT} s"
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job of a cluster, by default a training of slow_lpd.py."""
+
+    cluster: Cluster
+    folder: Path
+    job_id: str
+
+    @property
+    def facts(self):
+        """What SLURM says: JobState, Restarts and more."""
+        shown = self.cluster.call("scontrol", "show", "job", "--oneliner", self.job_id)
+        return dict(re.findall(r"(\S+?)=(\S*)", shown))
+
+    @property
+    def attempt(self):
+        return int(self.facts["Restarts"])
+
+    @property
+    def machines(self):
+        """The numbers of the machines of the latest attempt, rank 0's first."""
+        return [int(name[3:]) for name in records(self.folder / "jobs", self.job_id, "began")[-1]["machines"]]
+
+    def ended(self):
+        """The final state, waiting for it."""
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wait_for(lambda: self.facts["JobState"] in final, f"end of job {self.job_id}")
+        return self.facts["JobState"]
+
+    def steps(self, attempt):
+        """How many steps rank 0 has begun in an attempt."""
+        path = self.folder.with_name(f"{self.folder.name}-seen") / f"{attempt}-0"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def wait_for_steps(self, count):
+        wait_for(lambda: self.steps(self.attempt) >= count, f"{count} steps of an attempt")
+
+    def wait_for_attempt(self, number):
+        wait_for(lambda: self.attempt >= number, f"attempt {number}")
+
+    def seen(self):
+        """Step -> its images in the order of the processes; a step that was repeated had the same again."""
+        parts = {}
+        for path in self.folder.with_name(f"{self.folder.name}-seen").iterdir():
+            rank = int(path.name.split("-")[1])
+            for line in path.read_text().splitlines():
+                if line.endswith("]]"):  # not cut short by a kill
+                    step, images = json.loads(line)
+                    assert parts.setdefault((step, rank), images) == images
+        steps = {}
+        for step, rank in sorted(parts):
+            steps.setdefault(step, []).extend(parts[step, rank])
+        return steps
+
+
+# Faults: each is done to a job and returns when SLURM has begun the next attempt.
+
+
+def requeue(job):
+    """By hand."""
+    job.cluster.call("scontrol", "requeue", job.job_id)
+
+
+def reach_time_limit(job):
+    """SLURM looks every 30 s, and signals up to a minute before the limit."""
+    before = job.attempt
+    hours, minutes, seconds = map(int, job.facts["RunTime"].split(":"))
+    limit = (60 * minutes + seconds + 40) // 60 + 1
+    job.cluster.call("scontrol", "update", f"JobId={job.job_id}", f"TimeLimit={limit}")
+    job.wait_for_attempt(before + 1)
+    job.cluster.call("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=600")
+
+
+def preempt(job):
+    """By a job of a higher partition that needs all machines."""
+    before = job.attempt
+    job.cluster.call("sbatch", "-p", "urgent", "-N", 3, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    job.wait_for_attempt(before + 1)
+
+
+def lose(job, place, how):
+    """Let the machine `place` of the job `die` or `cut` its cable, until the next attempt."""
+    before, machine = job.attempt, job.machines[place]
+    job.cluster.do(how, machine)
+    job.wait_for_attempt(before + 1)
+    job.cluster.do("back", machine)
+
+
+def hang(job, place=1):
+    """Stop the processes on a machine of the job."""
+    before = job.attempt
+    job.cluster.do("hang", job.machines[place], job.job_id)
+    job.wait_for_attempt(before + 1)
+
+
+FAULTS = {
+    "requeue": requeue,
+    "time limit": reach_time_limit,
+    "preemption": preempt,
+    "power of rank 0": lambda job: lose(job, 0, "die"),
+    "power of another": lambda job: lose(job, 1, "die"),
+    "cable of rank 0": lambda job: lose(job, 0, "cut"),
+    "cable of another": lambda job: lose(job, 1, "cut"),
+    "hang of rank 0": lambda job: hang(job, 0),
+    "hang of another": hang,
+}
+
+
+def survive(job, fault, steps=3):
+    """Do a fault after some steps of an attempt; returns the seconds until the job trains again."""
+    job.wait_for_steps(steps)
+    before, begun = job.attempt, time.monotonic()
+    FAULTS[fault](job)
+    wait_for(lambda: job.attempt > before and job.steps(job.attempt) > 1, f"training after: {fault}")
+    return time.monotonic() - begun
+
+
+# What a training must leave.
+
+
+def make_tokens(folder):
+    """A token cache of real images, 32x32, made with the shipped tokenizer."""
+    helpers.fashion_mnist(folder / "images", IMAGES)
+    vq = REPO / "assets/fashion_mnist/tokenizer.safetensors"
+    words = ["--img_size", 32, "--vqgan_path", vq, "--data_path", folder / "images", *helpers.ON_CPU]
+    helpers.finished(helpers.call("cache", *words, "--cached_path", folder / "cache"))
+    return folder / "cache"
+
+
+def train_variables(tokens):
+    return {"CACHED_PATH": str(tokens), "PROGRAM": str(SLURM / "slow_lpd.py")}
+
+
+def start_plain(cluster, tokens, folder):
+    """Start the undisturbed training of four processes on one machine."""
+    env = {**cluster.env, "CACHED_PATH": str(tokens), "OUTPUT_DIR": str(folder), "NGPU": "4"}
+    with Path(f"{folder}.log").open("w") as log:
+        return subprocess.Popen(list(map(str, TRAIN)), env=env, stdout=log, stderr=log)
+
+
+def same_weights(first, second):
+    return helpers.same(*(read_weights(run / "lpd.safetensors")[0] for run in (first, second)))
+
+
+def check_images(job):
+    """Every image once an epoch, in the order of an undisturbed run."""
+    stream = ImageStream(IMAGES, 0, BATCH)
+    assert job.seen() == {step: stream.images(step)[0].tolist() for step in range(STEPS)}
+    seen = [image for step in range(STEPS) for image in job.seen()[step]]
+    epochs = [seen[i : i + IMAGES] for i in range(0, len(seen), IMAGES)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--kinds", choices=FAULTS, nargs="+", default=list(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory(prefix="lpd-machines-") as space, cluster_in(f"{space}/cluster") as cluster:
+        space = Path(space)
+        tokens = make_tokens(space)
+        plain = start_plain(cluster, tokens, space / "plain")
+        flags = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--timeout", "0.5"]
+        job = cluster.submit(space / "run", *flags, **train_variables(tokens))
+        for number in range(args.faults):
+            fault = rng.choice(args.kinds)
+            seconds = survive(job, fault, steps=rng.randrange(1, 8))
+            print(f"{number + 1}. {fault}: trains again after {seconds:.0f} s", flush=True)
+        (space / "hurry").touch()
+        assert job.ended() == "COMPLETED"
+        print(helpers.finished(cluster.run("status", space / "run")).out)
+        assert plain.wait() == 0
+        check_images(job)
+        assert same_weights(space / "run", space / "plain")
+        print(f"{args.faults} faults survived: the weights are those of the undisturbed run, bit for bit")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
