@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.cli.attempt import FINISHED, records, story
+from scripts.cli.attempt import FAILED, FINISHED, records, story
 from scripts.cli.job import Job, slurm_state
 from util import cli
 from util.files import read_json, write_json
@@ -154,10 +154,10 @@ def find_job(text):
 
 def status(jobs, job_id):
     """Print the state of a job and the story of its attempts."""
-    ended = records(jobs, job_id)
     state = slurm_state(job_id)
     if state is None:  # SLURM has forgotten it: the job's own records remain
-        state = "UNKNOWN" if not ended else "COMPLETED" if ended[-1]["cause"] == FINISHED else "FAILED"
+        causes = [record["cause"] for record in records(jobs, job_id)] or [None]
+        state = {FINISHED: "COMPLETED", FAILED: "FAILED"}.get(causes[-1], "UNKNOWN")
     print(f"job {job_id}: {state}", *story(jobs, job_id), f"logs in {jobs}", sep="\n")
 
 

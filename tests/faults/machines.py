@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python tests/faults/machines.py --faults 20 --seed 0
 
-Each fault is of a random kind and comes at a random moment. Needs root: the cluster is that of slurm/cluster.sh.
+Each fault is of a random kind and comes at a random moment. Needs root, for the cluster of slurm/cluster.sh.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from scripts.cli.attempt import records
 
 RUN = REPO / "scripts/cli/run.py"
 SLURM = REPO / "tests/faults/slurm"
-TRAIN = ["bash", SLURM / "train.sh", "--epochs", "24"]
-IMAGES, BATCH, STEPS = 160, 12, 320
-WAIT = 300  # seconds for one event, on a busy machine
+TRAIN = ["bash", SLURM / "train.sh"]
+IMAGES, BATCH, EPOCHS = 160, 12, 9  # 120 steps
+WAIT = 400  # seconds for one event, on a busy machine
 
 
 class NoCluster(Exception):
@@ -175,12 +175,16 @@ def preempt(job):
     job.wait_for_attempt(before + 1)
 
 
-def lose(job, place, how):
-    """Let the machine `place` of the job `die` or `cut` its cable, until the next attempt."""
+def lose(job, place, how, announce=False, back=True):
+    """Let the machine `place` of the job `die` or `cut` its cable; give it `back` when the attempt has ended.
+    SLURM takes half a minute to notice, unless somebody tells it."""
     before, machine = job.attempt, job.machines[place]
     job.cluster.do(how, machine)
+    if announce:
+        job.cluster.call("scontrol", "update", f"NodeName=lpd{machine}", "State=DOWN", "Reason=test")
     job.wait_for_attempt(before + 1)
-    job.cluster.do("back", machine)
+    if back:
+        job.cluster.do("back", machine)
 
 
 def hang(job, place=1):
@@ -203,12 +207,12 @@ FAULTS = {
 }
 
 
-def survive(job, fault, steps=3):
+def survive(job, fault, steps=2):
     """Do a fault after some steps of an attempt; returns the seconds until the job trains again."""
     job.wait_for_steps(steps)
     before, begun = job.attempt, time.monotonic()
-    FAULTS[fault](job)
-    wait_for(lambda: job.attempt > before and job.steps(job.attempt) > 1, f"training after: {fault}")
+    fault(job)
+    wait_for(lambda: job.attempt > before and job.steps(job.attempt) > 1, "training after a fault")
     return time.monotonic() - begun
 
 
@@ -228,24 +232,25 @@ def train_variables(tokens):
     return {"CACHED_PATH": str(tokens), "PROGRAM": str(SLURM / "slow_lpd.py")}
 
 
-def start_plain(cluster, tokens, folder):
+def start_plain(cluster, tokens, folder, epochs):
     """Start the undisturbed training of four processes on one machine."""
     env = {**cluster.env, "CACHED_PATH": str(tokens), "OUTPUT_DIR": str(folder), "NGPU": "4"}
+    words = [*TRAIN, "--epochs", epochs]
     with Path(f"{folder}.log").open("w") as log:
-        return subprocess.Popen(list(map(str, TRAIN)), env=env, stdout=log, stderr=log)
+        return subprocess.Popen(list(map(str, words)), env=env, stdout=log, stderr=log)
 
 
 def same_weights(first, second):
     return helpers.same(*(read_weights(run / "lpd.safetensors")[0] for run in (first, second)))
 
 
-def check_images(job):
-    """Every image once an epoch, in the order of an undisturbed run."""
-    stream = ImageStream(IMAGES, 0, BATCH)
-    assert job.seen() == {step: stream.images(step)[0].tolist() for step in range(STEPS)}
-    seen = [image for step in range(STEPS) for image in job.seen()[step]]
-    epochs = [seen[i : i + IMAGES] for i in range(0, len(seen), IMAGES)]
-    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+def check_images(job, epochs, first=0):
+    """Every image once an epoch, in the order of an undisturbed run, from step `first` on."""
+    stream, steps = ImageStream(IMAGES, 0, BATCH), range(first, -(-epochs * IMAGES // BATCH))
+    assert job.seen() == {step: stream.images(step)[0].tolist() for step in steps}
+    seen = [stream.images(step)[0].tolist() for step in range(first)] + [job.seen()[step] for step in steps]
+    seen = sum(seen, [])
+    assert all(sorted(seen[i * IMAGES : (i + 1) * IMAGES]) == list(range(IMAGES)) for i in range(epochs))
 
 
 def main():
@@ -254,26 +259,30 @@ def main():
     parser.add_argument("--kinds", choices=FAULTS, nargs="+", default=list(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory(prefix="lpd-machines-") as space, cluster_in(f"{space}/cluster") as cluster:
-        space = Path(space)
-        tokens = make_tokens(space)
-        plain = start_plain(cluster, tokens, space / "plain")
-        flags = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--timeout", "0.5"]
-        job = cluster.submit(space / "run", *flags, **train_variables(tokens))
-        for number in range(args.faults):
-            fault = rng.choice(args.kinds)
-            seconds = survive(job, fault, steps=rng.randrange(1, 8))
-            print(f"{number + 1}. {fault}: trains again after {seconds:.0f} s", flush=True)
-        (space / "hurry").touch()
-        assert job.ended() == "COMPLETED"
-        print(helpers.finished(cluster.run("status", space / "run")).out)
-        assert plain.wait() == 0
-        check_images(job)
-        assert same_weights(space / "run", space / "plain")
-        print(f"{args.faults} faults survived: the weights are those of the undisturbed run, bit for bit")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="lpd-machines-") as space:
+        with cluster_in(f"{space}/slurm") as cluster:
+            repeat(cluster, Path(space), args)
+    print(f"{args.faults} faults survived: the weights are those of the undisturbed run, bit for bit")
+
+
+def repeat(cluster, space, args):
+    """One training with many faults, compared with an undisturbed one."""
+    rng, tokens, epochs = random.Random(args.seed), make_tokens(space), 2 * args.faults
+    plain = start_plain(cluster, tokens, space / "plain", epochs)
+    flags = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--epochs", epochs, "--timeout", 0.5]
+    job = cluster.submit(space / "run", *flags, **train_variables(tokens))
+    for number in range(args.faults):
+        kind = rng.choice(args.kinds)
+        seconds = survive(job, FAULTS[kind], steps=rng.randrange(1, 8))
+        print(f"{number + 1}. {kind}: trains again after {seconds:.0f} s", flush=True)
+    (space / "hurry").touch()
+    state = job.ended()
+    print(helpers.finished(cluster.run("status", space / "run")).out)
+    assert state == "COMPLETED" and plain.wait() == 0
+    check_images(job, epochs)
+    assert same_weights(space / "run", space / "plain")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

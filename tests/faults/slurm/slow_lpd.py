@@ -11,7 +11,8 @@ import main_lpd
 from engine.data import ImageStream
 from util import cli
 
-PAUSE = 0.7  # seconds before a step
+PAUSES = [0.5] * 4  # seconds before the first steps of an attempt
+PAUSE = 5  # and before later ones: there are still some left when all faults are done
 take_step, micro_batches = engine.train.train_step, ImageStream.micro_batches
 run = Path(os.environ["OUTPUT_DIR"])
 seen = run.with_name(f"{run.name}-seen")
@@ -20,7 +21,7 @@ own = seen / f"{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['RANK']}"
 
 def slow_step(*arguments):
     if not run.with_name("hurry").exists():
-        time.sleep(PAUSE)
+        time.sleep(PAUSES.pop() if PAUSES else PAUSE)
     return take_step(*arguments)
 
 
