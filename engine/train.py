@@ -4,7 +4,7 @@ import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +166,18 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
     Returns:
         (loss, norm of the gradient before clipping), tensors on the device.
     """
+    total = add_gradients(state, loss_of, world, accum_iter, micro_batches)
+    config = state.config
+    lr = learning_rate(config, config.epoch(state.step))
+    norm = optimizer_step(state, lr, config.grad_clip or math.inf)
+    if state.ema:
+        weights = state.model.state_dict()
+        torch._foreach_lerp_(list(state.ema.values()), [weights[k] for k in state.ema], 1 - config.ema)
+    return total, norm
+
+
+def add_gradients(state, loss_of, world, accum_iter, micro_batches):
+    """Add the gradients of the loss of a step to those of the parameters; returns the loss."""
     config = state.config
     schedules, keys = draw_step(config, state.step)
     keys = own_part(keys, world.rank, world.size, accum_iter)  # [accum_iter, b, L]
@@ -183,12 +195,16 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
                     loss = loss_of(tokens[rows], labels[rows], order[rows], schedules[block]) * share
                 backward(loss)
             total += loss.detach()
-    lr = learning_rate(config, config.epoch(state.step))
-    norm = optimizer_step(state, lr, config.grad_clip or math.inf)
-    if state.ema:
-        weights = state.model.state_dict()
-        torch._foreach_lerp_(list(state.ema.values()), [weights[k] for k in state.ema], 1 - config.ema)
-    return total, norm
+    return total
+
+
+def rehearse(state, loss_of, world, accum_iter):
+    """Have DistributedDataParallel order its buckets now, as it does after its first gradients: the sums over
+    processes depend on that order, so an uninterrupted run and a resumed one would differ by rounding."""
+    b, L = state.config.global_batch // (accum_iter * world.size), state.config.model.num_tokens
+    blank = torch.zeros(b, L, dtype=torch.long), torch.zeros(b, dtype=torch.long)
+    add_gradients(state, loss_of, world, accum_iter, repeat(blank))
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def plain(model):
@@ -237,6 +253,8 @@ def train(state, sources, run, world, log, info):
     if world.size > 1:
         loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
     state.model.train()
+    if world.size > 1:
+        rehearse(state, loss_of, world, run.accum_iter)
     mirror = {"no_mirror": config.no_mirror}
     stream = ImageStream(config.num_images, config.seed, config.global_batch, run.accum_iter, **mirror)
     micro_batches = source.batches(stream.micro_batches(range(state.step, config.num_steps), world))

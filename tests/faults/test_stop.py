@@ -166,7 +166,7 @@ def batches(self, plan):
     return batches_of(self, seen())
 def loss(*args):
     calls.append(None)
-    return loss_of(*args) + (math.inf if rank == "1" and len(calls) == 3 else 0)
+    return loss_of(*args) + (math.inf if rank == "1" and len(calls) == 4 else 0)  # the first is rehearse's
 def step(state, *rest):
     if rank == "1" and state.step == 5:
         os.kill(os.getpid(), signal.SIGUSR2)
