@@ -25,4 +25,4 @@ bash "$repo/scripts/data/fashion_mnist.sh" "$data"
 "$python" "$repo/main_lpd.py" --model lpd_tiny --use_cached --cached_path "$output/cache" \
     --vqgan_path "$output/tokenizer/tokenizer.safetensors" \
     --epochs "${LPD_EPOCHS:-6}" --batch_size 64 --lr 1.5e-3 --lr_schedule cosine --warmup_epochs 0.2 \
-    --proj_dropout 0 --bf16 --save_last_freq 0.25 --sample_freq 1 --cfg 3 --output_dir "$output/lpd"
+    --proj_dropout 0 --bf16 --sample_freq 1 --cfg 3 --output_dir "$output/lpd"

@@ -31,6 +31,7 @@ from util.logging import read_metrics
 REPO = Path(__file__).resolve().parents[1]
 FEW_IMAGES = 5000  # below: smaller steps, and a model that learns less by heart
 TOKENIZER_SHARE = 0.35  # of the time
+SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more is no use
 
 
@@ -129,7 +130,7 @@ def recipe(args, folder, device):
         )
     print(f"expected time: {expected / 60:.0f} minutes and a little more for samples")
     lpd |= {"warmup_epochs": lpd["epochs"] / 20, "sample_freq": max(1, lpd["epochs"] // 4)}
-    return {"tokenizer": tokenizer, "lpd": lpd, "sampling": {"cfg": 3.0}}
+    return {"tokenizer": tokenizer, "lpd": lpd, "sampling": SAMPLING}
 
 
 def commands(args, flags):
