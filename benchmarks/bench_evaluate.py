@@ -8,6 +8,7 @@ metrics alone, of random features. What runs on the CPU at the end does not shri
 little with the number of images: take --num_images 10000 for the share in a real run. Not yet run on a GPU.
 """
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -35,6 +36,7 @@ def parse_args(argv=None):
     parser = cli.Parser(description="Time and memory of an evaluation")
     add = parser.add_argument
     add("--model", choices=sorted(LPD_CONFIGS), default="lpd_l")
+    add("--grid_size", type=cli.number(int, 1), default=16, help="32 for 512 px")
     add("--num_images", type=cli.number(int, 2), default=1024)
     add("--eval_bsz", type=cli.number(int, 1), default=64)
     add("--generation_steps", type=cli.number(int, 1), default=20)
@@ -67,7 +69,7 @@ def time_metrics(n, prc):
 
 def time_evaluation(args, world):
     """Seconds by phase of an evaluation with random weights, after a short one that warms up."""
-    config = LPD_CONFIGS[args.model]
+    config = dataclasses.replace(LPD_CONFIGS[args.model], grid_size=args.grid_size)
     torch.manual_seed(0)
     model, tokenizer = LPD(config).eval(), VQModel(VQConfig()).eval()
     model, decoder = for_inference(model, tokenizer, world.device, bf16=args.bf16)

@@ -1,9 +1,11 @@
 """Time whole training steps: draws, forward, loss, backward, clipping, AdamW; on any device, at any size.
 
-    python benchmarks/bench_train.py --model lpd_l --img_size 256 --batch_size 64 --bf16 --against plain
+    python benchmarks/bench_train.py --model lpd_l --img_size 256 --batch_size 64 --bf16 --variants fast plain
+    python benchmarks/bench_train.py --model lpd_l --batch_size 2 --device cpu --variants plain one_call
 
 Tokens and labels are random and lie on the device; each step draws a schedule, as in training. The floor of
-a step is its model operations at the rate of a large matrix product, which is measured here too.
+a step is its model operations at the rate of a large matrix product, which is measured here too. `one_call`
+is `plain` with one fused attention call over all rows, the usual way.
 """
 
 import dataclasses
@@ -13,16 +15,17 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import matmul_rate, record, seconds_in_turns
 from engine.fast import compiled_execution
-from engine.train import TrainConfig, new_state, train_step
+from engine.train import LossForDDP, TrainConfig, new_state, train_step
 from models.lpd import LPD_CONFIGS, Execution
 from models.masks import cached_block_mask, cached_training_mask, training_mask
 from orders.schedule import cosine_group_sizes, training_steps
-from util import cli
-from util.device import choose_device, is_cuda
-from util.distributed import World
+from util import cli, distributed
+from util.device import is_cuda
 from util.files import write_json
 
 
@@ -38,7 +41,7 @@ def parse_args(argv=None):
     add("--bf16", action="store_true")
     add("--grad_checkpointing", action="store_true")
     add("--attention", choices=["bool", "additive", "flex"], help="mask of the fast steps")
-    add("--against", choices=["plain"], help="time the plain steps too, in turns")
+    add("--variants", nargs="+", choices=["fast", "plain", "one_call"], default=["fast"], help="in turns")
     add("--n", type=cli.number(int, 1), default=7, help="timed calls, of which the median")
     add("--device", default="auto")
     add("--output_file", metavar="FILE", type=Path, help="JSON")
@@ -62,27 +65,39 @@ def model_operations(config, group_sizes):
     }
 
 
-def train_config(args):
+def train_config(args, processes):
     model = dataclasses.replace(
         LPD_CONFIGS[args.model], grid_size=args.img_size // 16, vocab_size=args.vocab_size,
         num_classes=args.num_classes, dropout=args.dropout,
     )
-    L, batch = model.num_tokens, args.batch_size
+    L, batch = model.num_tokens, args.batch_size * processes
     schedules = tuple(cosine_group_sizes(L, steps) for steps in training_steps(L))
     return TrainConfig(model, batch, schedules, global_batch=batch, lr=1e-4, bf16=args.bf16)
 
 
-def variant(args, config, world, fast):
+def one_call(block, x, mask):
+    """`Block.forward` with one fused attention call over all rows."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2)
+    x = x + attn.proj_drop(attn.proj(out))
+    return x + block.mlp(block.norm2(x))
+
+
+def variant(args, config, world, name):
     """A function that takes the next steps of a training of its own, and how many."""
-    execution = Execution()
-    if fast:
+    execution = Execution(one_call) if name == "one_call" else Execution()
+    if name == "fast":
         execution = compiled_execution(config.model, world.device, bf16=args.bf16)
         additive = partial(cached_training_mask, dtype=torch.bfloat16 if args.bf16 else torch.float32)
         masks = {"bool": cached_training_mask, "additive": additive, "flex": cached_block_mask}
         execution = dataclasses.replace(execution, mask=masks.get(args.attention, execution.mask))
     execution = dataclasses.replace(execution, grad_checkpointing=args.grad_checkpointing)
-    state = new_state(config, world.device, execution, fused=fast)
+    state = new_state(config, world.device, execution, fused=name == "fast")
     state.model.train()
+    loss_of = state.model.loss
+    if world.size > 1:
+        loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
     tokens = torch.randint(config.model.vocab_size, (args.batch_size, config.model.num_tokens))
     labels = torch.randint(config.model.num_classes, (args.batch_size,))
     batch = tokens.to(world.device), labels.to(world.device)
@@ -90,7 +105,7 @@ def variant(args, config, world, fast):
 
     def call():
         for _ in range(steps):
-            train_step(state, state.model.loss, world, 1, iter([batch]))
+            train_step(state, loss_of, world, 1, iter([batch]))
 
     return call, steps
 
@@ -98,8 +113,8 @@ def variant(args, config, world, fast):
 def measured(args, config, world):
     """The results of all variants, by name, beside the machine's rate and the floor."""
     calls, results = {}, {}
-    for name in ["fast", *([args.against] if args.against else [])]:
-        calls[name], steps = variant(args, config, world, fast=name == "fast")
+    for name in args.variants:
+        calls[name], steps = variant(args, config, world, name)
         (first,) = seconds_in_turns({name: calls[name]}, world.device, n=1, warm_up=0)[name]
         results[name] = {"seconds_of_first_call": round(first, 2)}
     seconds = seconds_in_turns(calls, world.device, n=args.n, warm_up=2)
@@ -112,7 +127,7 @@ def measured(args, config, world):
         results[name] |= {
             "ms_per_step": round(1000 * step, 1),
             "ms_least_and_most": [round(1000 * f(times) / steps, 1) for f in (min, max)],
-            "images_per_s": round(args.batch_size / step, 1),
+            "images_per_s": round(config.global_batch / step, 1),
             "share_of_floor": round(floor / step, 3),
         }
     return {
@@ -126,12 +141,13 @@ def measured(args, config, world):
 def main(argv=None):
     args = parse_args(argv)
     with cli.checking():
-        world = World(0, 1, choose_device(args.device))
-        config = train_config(args)
-    result = record(world.device, **measured(args, config, world))
-    print(json.dumps(result, indent=1))
-    if args.output_file:
+        world = distributed.init(args.device)
+        config = train_config(args, world.size)
+    result = record(world.device, processes=world.size, **measured(args, config, world))
+    distributed.say(json.dumps(result, indent=1))
+    if args.output_file and world.is_main:
         write_json(args.output_file, result)
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 data=$1 output=$2
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # waiting threads release their core
 
-bash "$repo/scripts/data/fashion_mnist.sh" "$data"
+[[ -d $data/train && -d $data/val ]] || bash "$repo/scripts/data/fashion_mnist.sh" "$data"
 
 # 32x32 pixels -> 16x16 tokens of 256 codes
 "$python" "$repo/main_tokenizer.py" --data_path "$data" --img_size 32 \
