@@ -30,6 +30,7 @@ RUN = REPO / "scripts/cli/run.py"
 SLURM = REPO / "tests/faults/slurm"
 TRAIN = ["bash", SLURM / "train.sh"]
 IMAGES, BATCH, EPOCHS = 160, 12, 9  # 120 steps
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 WAIT = 400  # seconds for one event, on a busy machine
 
 
@@ -111,7 +112,10 @@ class Job:
 
     @property
     def attempt(self):
-        return int(self.facts["Restarts"])
+        """The number of the current attempt of a job that must not have ended."""
+        facts = self.facts
+        assert facts["JobState"] not in ENDED, self.cluster.run("status", self.folder).out
+        return int(facts["Restarts"])
 
     @property
     def machines(self):
@@ -120,8 +124,7 @@ class Job:
 
     def ended(self):
         """The final state, waiting for it."""
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_for(lambda: self.facts["JobState"] in final, f"end of job {self.job_id}")
+        wait_for(lambda: self.facts["JobState"] in ENDED, f"end of job {self.job_id}")
         return self.facts["JobState"]
 
     def steps(self, attempt):

@@ -108,6 +108,7 @@ SlurmdTimeout=${SLURMD_TIMEOUT:-6}
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
+MinJobAge=86400
 END
     for ((machine = 1; machine <= number; machine++)); do
         echo "NodeName=lpd$machine NodeAddr=10.213.$id.$machine CPUs=8 State=UNKNOWN"
