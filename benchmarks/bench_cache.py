@@ -8,7 +8,6 @@ Without --data_path it encodes JPEGs made here, without --vqgan_path with a rand
 machine's rates: of memory, each token read (2 bytes) and written (8 bytes) once, and of matrix products.
 """
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import bandwidth, matmul_rate, record, seconds_in_turns
+from benchmarks.measure import bandwidth, matmul_rate, publish, record, seconds_in_turns
 from engine.cache import differing_share, encode_shards, encode_views, prepare_encoder
 from models.vqgan import VQConfig, VQModel
 from util import cli, distributed
-from util.files import write_json
 from util.folders import split_folder
 from util.images import load_image
 from util.token_cache import CacheMeta, CacheWriter, TokenCache
@@ -163,9 +161,7 @@ def main(argv=None):
         if args.encode_images:
             sections["caching"] = time_caching(args, Path(folder), world)
     report = record(world.device, n=args.n, note=args.note, **sections)
-    print(json.dumps(report, indent=2))
-    if args.output_file:
-        write_json(args.output_file, report)
+    publish(report, args.output_file)
 
 
 if __name__ == "__main__":

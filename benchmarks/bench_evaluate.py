@@ -9,7 +9,6 @@ little with the number of images: take --num_images 10000 for the share in a rea
 """
 
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch_fidelity
 
-from benchmarks.measure import record
+from benchmarks.measure import publish, record
 from benchmarks.random_inception import save_random_inception
 from engine.evaluate import EvaluationSpec, MetricSpec, evaluate
 from engine.fast import for_inference
@@ -29,7 +28,6 @@ from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
 from util import cli, distributed
-from util.files import write_json
 
 
 def parse_args(argv=None):
@@ -104,9 +102,7 @@ def main(argv=None):
     measured = time_metrics(only, args.prc) if only else time_evaluation(args, world)
     versions = {"torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__}
     report = record(world.device, **versions, **measured)
-    print(json.dumps(report, indent=2))
-    if args.output_file:
-        write_json(args.output_file, report)
+    publish(report, args.output_file)
 
 
 if __name__ == "__main__":

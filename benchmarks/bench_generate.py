@@ -9,7 +9,6 @@ unless given, which matters only to the PSNR of the fast decoder against the tok
 """
 
 import dataclasses
-import json
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,6 @@ from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
 from util import cli
 from util.device import choose_device
-from util.files import write_json
 from util.images import to_uint8
 
 
@@ -141,9 +139,7 @@ def main(argv=None):
     if not args.no_decoder:
         example = torch.zeros(1, dtype=torch.int64), settings.orders([0]), settings.group_sizes, sampling
         report["decoder_psnr_db"] = psnr(tokenizer, decoder, paths["fast tokens"](*example))
-    print(json.dumps(report, indent=2))
-    if args.output_file:
-        write_json(args.output_file, report)
+    measure.publish(report, args.output_file)
 
 
 if __name__ == "__main__":

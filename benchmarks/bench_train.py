@@ -9,7 +9,6 @@ is `plain` with one fused attention call over all rows, the usual way.
 """
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import matmul_rate, record, seconds_in_turns
+from benchmarks.measure import matmul_rate, publish, record, seconds_in_turns
 from engine.fast import compiled_execution
 from engine.train import LossForDDP, TrainConfig, new_state, train_step
 from models.lpd import LPD_CONFIGS, Execution
@@ -26,7 +25,6 @@ from models.masks import cached_block_mask, cached_training_mask, training_mask
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, distributed
 from util.device import is_cuda
-from util.files import write_json
 
 
 def parse_args(argv=None):
@@ -144,9 +142,8 @@ def main(argv=None):
         world = distributed.init(args.device)
         config = train_config(args, world.size)
     result = record(world.device, processes=world.size, **measured(args, config, world))
-    distributed.say(json.dumps(result, indent=1))
-    if args.output_file and world.is_main:
-        write_json(args.output_file, result)
+    if world.is_main:
+        publish(result, args.output_file)
     distributed.finish()
 
 

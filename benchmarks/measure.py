@@ -1,5 +1,6 @@
 """Timing for the benchmarks, this machine's own rates, and the facts that go with every result."""
 
+import json
 import platform
 import resource
 import shlex
@@ -10,6 +11,7 @@ from datetime import date
 import torch
 
 from util.device import device_name, peak_memory, synchronize
+from util.files import write_json
 
 
 def seconds_in_turns(functions, device, *, n=5, warm_up=1):
@@ -51,6 +53,13 @@ def bandwidth(device, *, num_bytes=2**29):
     calls = 1 if device.type == "cpu" else 10
     times = seconds_in_turns({"": lambda: [x.sum() for _ in range(calls)]}, device, n=7)[""]
     return num_bytes * calls / min(times)
+
+
+def publish(report, output_file):
+    """Print a report as JSON, and write it if there is a file to write."""
+    print(json.dumps(report, indent=1))
+    if output_file:
+        write_json(output_file, report)
 
 
 def record(device, **measured):
