@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -179,6 +180,22 @@ class TritonKernel:
         self.name, self.source = name, source
         self.made.append(self)
 
+    def tuner(self):
+        """Inductor's object around the kernel, which compiles it."""
+        from torch._inductor.codecache import PyCodeCache
+
+        return getattr(PyCodeCache.load(self.source), self.name)
+
+    def forms(self):
+        """The block sizes and so on among which Inductor would choose by timing."""
+        return self.tuner().configs
+
+    def machine_code(self, form):
+        """Compile a form for sm_90; returns the bytes of machine code."""
+        made = self.tuner()._precompile_config(form).kernel
+        code = made.asm["cubin"] if hasattr(made, "asm") else made.cubin_raw  # Inductor's own launcher
+        return len(code or Path(made.cubin_path).read_bytes())
+
     def run(self, *arguments, **_):
         names = self.source.split(f"def {self.name}(")[-1].split(")")[0].split(", ")
         tensors = [pair for pair in zip(names, arguments, strict=False) if isinstance(pair[1], torch.Tensor)]
@@ -245,6 +262,7 @@ def install():
     import torch._subclasses.fake_tensor as fake_tensor
     import torch.cuda.graphs
     from torch._inductor import async_compile, config, select_algorithm
+    from torch._inductor.runtime import triton_helpers
     from triton.runtime.driver import driver
 
     shared = {
@@ -285,6 +303,7 @@ def install():
     replace(select_algorithm.TritonTemplate, maybe_append_choice=(
         lambda self, choices, **form: None if choices else append(self, choices, **form)
     ))
+    replace(triton_helpers, set_driver_to_gpu=lambda: None, set_driver_to_cpu=lambda: None)
     replace(F, scaled_dot_product_attention=attention)
     torch.nn.Module._apply = convert
 

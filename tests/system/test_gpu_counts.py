@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="counting needs Triton, which comes with torch's CUDA builds")
+triton = pytest.importorskip("triton", reason="it comes with torch's CUDA builds")
+PTXAS = list((Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*"))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -37,3 +38,12 @@ def test_every_training_script_fits_a_gpu_of_80_gb():
     rows = [json.loads(line) for line in run("count_training.py").splitlines()]
     assert len(rows) == len(list((REPOSITORY / "scripts/train").glob("*.sh")))
     assert all(row["kept_gb"] > 20 and row["all_gb"] < 80 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PTXAS, reason="ptxas is not here: it comes with Triton's wheels for NVIDIA")
+def test_the_kernels_of_decoding_and_training_compile_for_an_h100():
+    *kernels, summary = run("compile_kernels.py").splitlines()
+    assert summary == f"{len(kernels)} kernels, 0 failures"
+    for wanted in ("argmax", "tem_fused_addmm_gelu", "add_native_layer_norm"):  # draw, product, sum and norm
+        assert any(wanted in line and int(line.split()[-2]) > 1000 for line in kernels)
