@@ -43,6 +43,7 @@ def parse_args(argv=None):
     )
     cli.add_class_names_flag(parser)
     parser.add_argument("--device", default="auto", help="auto is a GPU if there is one")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder of images, on a GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=cli.number(int, 1, 65535), default=7860)
     return parser.parse_args(argv)
@@ -58,7 +59,7 @@ def load(args):
     )
     names = tuple(cli.class_names(args, model.config.num_classes, info))
     about = describe(args.pretrained_ckpt, model, tokenizer)  # before the model is repacked
-    return Session(*for_inference(model, tokenizer, device), names, device, about)
+    return Session(*for_inference(model, tokenizer, device, compiled=args.compile), names, device, about)
 
 
 def describe(path, model, tokenizer):

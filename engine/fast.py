@@ -1,8 +1,9 @@
 """Fast paths: compiled training blocks, decoding as one CUDA graph, and models prepared for inference.
 
-`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW (engine/train.py).
-Results equal those of the plain code up to rounding. On a CPU nothing is captured; there `for_inference`
-packs the linears, which is all that can be gained (benchmarks/LOG.md).
+`--compile` selects the first two (on a GPU with the steps of engine/fused.py), and also ResidentTokens
+(engine/data.py) and fused AdamW (engine/train.py). Results equal those of the plain code up to rounding. On
+a CPU nothing is captured; there `for_inference` packs the linears, which is all that can be gained
+(benchmarks/LOG.md).
 """
 
 import copy
@@ -174,6 +175,7 @@ def for_inference(model, tokenizer, device, *, bf16=False, compiled=False):
 
 class FastDecoder:
     """A copy of a `VQModel`'s decoder for inference in another dtype; `decode` as there, float32 out.
+    `encode` is the tokenizer's own.
 
     Codes pass normalisation and `post_quant_conv` once, into a table; channels come last in memory, as
     convolutions in bfloat16 want them. `fused` compiles it for all batches, which takes a minute at the first
@@ -181,7 +183,7 @@ class FastDecoder:
     """
 
     def __init__(self, tokenizer, dtype=torch.bfloat16, *, fused=False):
-        self.config = tokenizer.config
+        self.config, self.encode = tokenizer.config, tokenizer.encode
         project = tokenizer.post_quant_conv
         with torch.no_grad():
             codes = F.normalize(tokenizer.quantize.embedding.weight, dim=-1)  # [V, e]

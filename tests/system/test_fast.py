@@ -210,7 +210,9 @@ def test_fast_decoder_gives_the_pixels_of_the_tokenizer(tiny_vq):
         expected = tiny_vq.decode(tokens)
         exact = FastDecoder(tiny_vq, torch.float32).decode(tokens)
         torch.testing.assert_close(exact, expected, rtol=0, atol=1e-4)
-        half = FastDecoder(tiny_vq).decode(tokens)
+        fast = FastDecoder(tiny_vq)
+        assert torch.equal(fast.encode(expected), tiny_vq.encode(expected))
+        half = fast.decode(tokens)
         assert half.dtype == torch.float32
         assert (half - expected).square().mean() < (2**-5.3 * expected.std()) ** 2
         assert torch.equal(tiny_vq.decode(tokens), expected)  # the tokenizer is as before
