@@ -63,9 +63,11 @@ def paths(model, tokenizer, group_sizes, sampling):
     def plain(inputs):
         return generate.decode_steps(model, inputs, group_sizes, sampling)
 
+    fused = FusedSteps(model, group_sizes, sampling)
+    fused.draw = in_part("sampling", fused.draw)
     return {
         "plain": (plain, FastDecoder(tokenizer, dtype)),
-        "compiled": (FusedSteps(model, group_sizes, sampling), FastDecoder(tokenizer, dtype, fused=True)),
+        "compiled": (fused, FastDecoder(tokenizer, dtype, fused=True)),
     }
 
 

@@ -71,7 +71,8 @@ class Recorder:
 
     def kernel(self, name, moved, operations=0):
         if self.on:
-            part = self.parts[-1] if self.parts else kind_of(name)
+            kind = kind_of(name)
+            part = self.parts[-1] if self.parts and kind != "linears" else kind
             self.kernels.append(Kernel(name, part, moved, operations))
 
     def operator(self, function, inputs, outputs):
@@ -104,9 +105,7 @@ def kind_of(name):
     """The part of a decoder that a kernel belongs to."""
     if name in PRODUCTS or "_tem_" in name:  # Inductor's own products are templates
         return "linears"
-    if name == "attention":
-        return name
-    return "sampling" if "argmax" in name else "norms and the rest"
+    return name if name == "attention" else "norms and the rest"
 
 
 def extent(tensor):
