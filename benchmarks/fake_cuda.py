@@ -210,6 +210,11 @@ class TritonKernel:
         RECORDER.kernel(self.name, moved, operations_of(self.name, read, written))
 
 
+def aligned(tensor):
+    """What Inductor does with an input that begins at no multiple of 16 bytes: it copies it."""
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
+
+
 class NoDevice:
     """In place of torch.cuda.device: a context that does nothing."""
 
@@ -290,7 +295,7 @@ def install():
     replace(torch._C, _cuda_getCurrentRawStream=lambda _: 0)
     replace(torch._C._dynamo.guards, _reinterpret_tensor=torch.as_strided, _empty_strided_cuda=(
         lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cuda")
-    ))
+    ), copy_if_misaligned=aligned)
     replace(async_compile.AsyncCompile, wait=lambda self, scope: None,
             triton=lambda self, name, source, *_, **__: TritonKernel(name, source))
     # On a GPU Inductor times the forms of a product and of what it takes in; here it takes the first.

@@ -36,18 +36,28 @@ def linear_gelu(x, linear, _size):
     return F.gelu(linear(x))
 
 
-def draw(x, head, scales, words, positions, sampling):
-    """x [n, R, D] -> ids int64 [B, n]: guidance, noise and the draw, as in `decode_steps`."""
+def draw(x, head, scales, inputs, slot, sampling):
+    """x [n, R, D] -> ids int64 [B, n] of the slots from `slot` on: guidance, noise and the draw.
+
+    Slices are taken here, since a compiled function copies inputs that begin at odd addresses.
+    """
+    _labels, order, words = inputs  # [B], [B, L], [B, 2]
+    n = x.shape[0]
     logits = head(x).transpose(0, 1).float()  # [R, n, V]
     if scales is not None:
-        logits = guide(*logits.chunk(2), scales)  # [B, n, V]
-    noise = None if sampling.temperature == 0 else gumbel_noise(words, positions, logits.shape[-1])
+        logits = guide(*logits.chunk(2), scales[slot : slot + n])  # [B, n, V]
+    noise = None
+    if sampling.temperature > 0:
+        noise = gumbel_noise(words, order[:, slot : slot + n], logits.shape[-1])  # [B, n, V]
     return sample(logits, noise, sampling, step=2)
 
 
-def next_rows(embed_tokens, ids, positions, queries_of, next_positions, branches):
-    """The rows of the next step, context then queries: float32 [N, R, D]."""
-    x = torch.cat([embed_tokens(ids, positions), queries_of[next_positions]], dim=1)  # [B, N, D]
+def next_rows(embed_tokens, query_table, ids, order, slot, sizes):
+    """The rows of the next step, float32 [N, R, D]: context, which is the ids [B, c] of the slots from `slot`
+    on, then the queries of the n slots after them. `sizes` are n and R / B."""
+    (n, branches), end = sizes, slot + ids.shape[1]
+    context = embed_tokens(ids, order[:, slot:end])  # [B, c, D]
+    x = torch.cat([context, query_table[order[:, end : end + n]]], dim=1)  # [B, N, D]
     return x.transpose(0, 1).repeat(1, branches, 1)  # [N, R, D]
 
 
@@ -97,7 +107,7 @@ class FusedSteps:
         self.linear_gelu = compiled(linear_gelu, backend, is_cuda(device))
 
     def __call__(self, inputs):
-        labels, order, words = inputs  # [B], [B, L], [B, 2]
+        labels, order, _words = inputs  # [B], [B, L], [B, 2]
         model, c, ids, slot = self.model, 1, [], 0
         query_table = model.query_table()  # [L, D]
         x = self.first_rows(labels, query_table[order[:, : self.group_sizes[0]]])
@@ -107,13 +117,11 @@ class FusedSteps:
         )
         for n, mask, following in zip(self.group_sizes, self.masks, (*self.group_sizes[1:], 0), strict=True):
             h = self.through_blocks(x, kv, mask, c)
-            positions, end = order[:, slot : slot + n], slot + n
-            scales = None if self.scales is None else self.scales[slot:end]
-            ids.append(self.draw(h, model.head, scales, words, positions, self.sampling))
+            ids.append(self.draw(h, model.head, self.scales, inputs, slot, self.sampling))
             if following:
-                ahead = order[:, end : end + following]
-                x = self.next_rows(model.embed_tokens, ids[-1], positions, query_table, ahead, self.branches)
-            c, slot = n, end
+                sizes = following, self.branches
+                x = self.next_rows(model.embed_tokens, query_table, ids[-1], order, slot, sizes)
+            c, slot = n, slot + n
         return torch.empty_like(order).scatter_(1, order, torch.cat(ids, dim=1))
 
     def first_rows(self, labels, queries):
