@@ -49,8 +49,10 @@ def decode(sampling, batch, decoder=False):
             model, tokenizer = LPD(config).eval().bf16_linears(), VQModel(VQConfig()).eval()
         steps = FusedSteps(model, cosine_group_sizes(256, 4), sampling)
         tokens = steps(fake_inputs(batch, 256))
+        decoding = FastDecoder(tokenizer, torch.bfloat16, fused=True)
         if decoder:
-            FastDecoder(tokenizer, torch.bfloat16, fused=True).decode(tokens)
+            decoding.decode(tokens)
+        fake_cuda.KEPT.append((steps, decoding))
 
 
 def fake_mask(L):

@@ -117,6 +117,7 @@ def counted(args):
             model, tokenizer = LPD(config).eval(), VQModel(VQConfig()).eval()
         model = model if args.float32 else model.bf16_linears()
         ways = paths(model, tokenizer, group_sizes, sampling)
+        fake_cuda.KEPT.append(ways)
         for batch in args.batch_sizes:
             for path in args.paths:
                 steps, decoder = ways[path]
