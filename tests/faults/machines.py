@@ -29,7 +29,7 @@ from scripts.cli.attempt import records
 RUN = REPO / "scripts/cli/run.py"
 SLURM = REPO / "tests/faults/slurm"
 TRAIN = ["bash", SLURM / "train.sh"]
-IMAGES, BATCH, EPOCHS = 160, 12, 9  # 120 steps
+IMAGES, BATCH, EPOCHS = 160, 12, 6  # 80 steps
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 WAIT = 400  # seconds for one event, on a busy machine
 
