@@ -97,11 +97,12 @@ def test_training_script_has_the_published_recipe(name, paths):
     flags = flags_of(bash(REPO / f"scripts/train/{name}.sh", "--seed", "7", env=paths))
     expected = {
         **TRAIN_COMMON, **recipe, "--model": model, "--img_size": str(pixels), "--bf16": "",
-        "--use_cached": "", "--batch_size": str(batch // 8), "--accum_iter": "1", "--seed": "7",
+        "--use_cached": "", "--seed": "7",
         "--cached_path": paths["CACHED_PATH"], "--vqgan_path": paths["VQGAN_PATH"],
         "--output_dir": paths["OUTPUT_DIR"],
     }
     assert expected.items() <= flags.items()
+    assert 8 * int(flags["--batch_size"]) * int(flags["--accum_iter"]) == batch
     assert flags.get("--pretrained_ckpt") == (paths["PRETRAINED_CKPT"] if pixels == 512 else None)
 
 
