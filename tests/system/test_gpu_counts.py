@@ -23,6 +23,7 @@ def run(program, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes():
     """lpd_l at 256 px, 20 steps, with guidance: 24 layers x 20 steps x 7 kernels are 3,360."""
     report = json.loads(run("count_kernels.py", "--no_decoder", "--paths", "compiled"))
@@ -34,6 +35,7 @@ def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_training_script_fits_a_gpu_of_80_gb():
     rows = [json.loads(line) for line in run("count_training.py").splitlines()]
     assert len(rows) == len(list((REPOSITORY / "scripts/train").glob("*.sh")))
@@ -41,6 +43,7 @@ def test_every_training_script_fits_a_gpu_of_80_gb():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not PTXAS, reason="ptxas is not here: it comes with Triton's wheels for NVIDIA")
 def test_the_kernels_of_decoding_and_training_compile_for_an_h100():
     *kernels, summary = run("compile_kernels.py").splitlines()

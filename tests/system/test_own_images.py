@@ -54,6 +54,7 @@ def test_time_decides_the_epochs_and_few_images_a_small_model(quick, tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_images_become_samples_and_the_recipe_is_kept(tmp_path, monkeypatch):
     timed = own_images.seconds
     monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: timed(step, device, least=0))
