@@ -18,7 +18,7 @@ data=${DATA_PATH:-$repo/data/fashion_mnist}
 reference=$OUTPUT_DIR/fashion_mnist_val.npz
 if [[ ${DRY_RUN:-0} == 0 && ! -e $reference ]]; then
     bash "$repo/scripts/data/fashion_mnist.sh" "$data"
-    "$python" "$repo/main_stats.py" --data_path "$data/val" --img_size 32 --features efficientnet_lite0 \
+    "$python" "$repo/main_stats.py" --data_path "$data/val" --val_fraction 0 --img_size 32 --features efficientnet_lite0 \
         --num_workers 1 --output_file "$reference"
 fi
 sweep=(--orders lpd halton random raster --steps 4 8 16 32 --seeds 0 1 2)
