@@ -91,7 +91,8 @@ def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path):
     (real / "class").mkdir(parents=True)
     for i in range(10):
         Image.fromarray(helpers.draw(i % 3, 50 + i)).save(real / f"class/{i}.png")
-    flags = ("--data_path", real, "--val_fraction", "0", "--img_size", SIZE, "--output_file", tmp_path / "ref.npz")
+    flags = ("--data_path", real, "--val_fraction", "0", "--img_size", SIZE)
+    flags += ("--output_file", tmp_path / "ref.npz")
     finished(call("stats", *flags, "--inception", weights, *ON_CPU))
     flags = {"num_images": 30, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
     finished(call("lpd", *evaluate_flags(tmp_path / "out", inception=weights, **flags)))
