@@ -141,8 +141,7 @@ def open_sources(args, tokenizer, world):
         refuse_changes(args.cached_path, data, given, "give its tokenizer with --vqgan_path")
     train, val = split_cache(cache, args.val_fraction)
     distributed.say(folders.summary(args.cached_path, data["class_names"], train, val))
-    how = {"resident": args.compile}
-    return [token_source(part, world.device, **how) for part in (train, val) if part], data
+    return [token_source(part, world.device, resident=args.compile) for part in (train, val) if part], data
 
 
 def train_config(args, data, num_images, world):

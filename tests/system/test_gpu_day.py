@@ -1,6 +1,7 @@
 """scripts/gpu_day.py: its commands are valid, and pieces leave a report and a line, or an error."""
 
 import importlib
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -21,6 +22,12 @@ def test_the_list_has_every_piece_under_ten_minutes():
     lines = call_main(gpu_day.main, "--list").out.splitlines()
     assert [line.split()[0] for line in lines] == list(PIECES)
     assert all(minutes < 10 for _, minutes, _ in PIECES.values())
+
+
+def test_training_is_timed_with_the_micro_batches_of_the_training_scripts():
+    for script in (REPO / "scripts/train").glob("*.sh"):
+        micro_batch = re.search(r"^train_lpd \d+ (\d+) ", script.read_text(), re.M)[1]
+        assert f"--batch_size {micro_batch} " in TIMED[f"train_{script.stem}_plain"]
 
 
 @pytest.mark.parametrize("tiny", [False, True])
