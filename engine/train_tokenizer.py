@@ -120,6 +120,15 @@ def revive_dead_codes(state, latents):
     state.code_use.zero_()
 
 
+def add_gradients(config, model, pixels):
+    """Losses by name with their gradients added, latents and tokens; arguments as in `train_step`."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.bf16):
+        reconstruction, latents, codes, tokens = model(pixels)
+    parts = losses(pixels, reconstruction, latents, codes, config.commitment)
+    backward(sum(parts.values()))
+    return parts, latents, tokens
+
+
 def train_step(state, model, pixels, steps):
     """One optimizer step of `steps`, skipped if the loss or its gradient is not finite.
 
@@ -130,10 +139,7 @@ def train_step(state, model, pixels, steps):
         codes used since the last revival.
     """
     config = state.config
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.bf16):
-        reconstruction, latents, codes, tokens = model(pixels)
-    parts = losses(pixels, reconstruction, latents, codes, config.commitment)
-    backward(sum(parts.values()))
+    parts, latents, tokens = add_gradients(config, model, pixels)
     norm = optimizer_step(state, learning_rate(config, state.step, steps), max_norm=1.0)
     used = tokens.flatten()
     state.code_use.index_add_(0, used, torch.ones_like(used, dtype=torch.float32))  # bincount would wait
@@ -157,6 +163,10 @@ def train_tokenizer(state, folder, run, world, log, num_workers=0):
     pixels = (to_unit(to_device(batch, world.device)) for batch in images)
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
+    if world.size > 1:  # orders the buckets now: see `engine.train.rehearse`
+        blank = torch.zeros(1, 3, config.img_size, config.img_size, device=world.device)
+        add_gradients(config, model, blank)
+        state.optimizer.zero_grad(set_to_none=True)
 
     def take_step():
         values = train_step(state, model, next(pixels), steps)

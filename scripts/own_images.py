@@ -31,6 +31,7 @@ from util.logging import read_metrics
 REPO = Path(__file__).resolve().parents[1]
 FEW_IMAGES = 5000  # below: smaller steps, and a model that learns less by heart
 TOKENIZER_SHARE = 0.35  # of the time
+OVERHEAD = 1.2  # a run by its steps alone: data, validation, samples and checkpoints take the rest
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more is no use
 
@@ -119,7 +120,7 @@ def recipe(args, folder, device):
         ("lpd", lpd, lambda bf16: lpd_step(tokenizer, lpd, bf16, device), 0),
     ):
         step, flags["bf16"] = faster_precision(make_step, device)
-        epoch = n * (step / flags["batch_size"] + extra)
+        epoch = OVERHEAD * n * (step / flags["batch_size"] + extra)
         fitting = round(60 * args.minutes * shares[name] / epoch)
         flags["epochs"] = min(MOST_EPOCHS[name], max(1, fitting))
         flags["no_mirror"] = args.no_mirror
