@@ -4,6 +4,7 @@ they would launch is recorded. torch.compile generates its Triton code as on the
 `install()` replaces parts of torch in this process for good: call it first, in a program or subprocess.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -269,6 +270,10 @@ def install():
     from torch._inductor import async_compile, config, select_algorithm
     from torch._inductor.runtime import triton_helpers
     from triton.runtime.driver import driver
+
+    # The garbage collector looks into tensors of compiled functions that are freed already, and crashes.
+    gc.disable()
+    torch._dynamo.config.run_gc_after_compile = False
 
     shared = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,

@@ -12,5 +12,6 @@ if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null && ! command -v chromium >
 fi
 status=0
 .venv/bin/python -m ruff check . || { status=1; echo "lint failed: see above" >&2; }
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+# One process waits for SLURM most of the time, and two share the cores.
+.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 exit "$status"

@@ -43,5 +43,5 @@ def golden():
 
 
 def pytest_collection_modifyitems(items):
-    """Start with the SLURM tests, which wait for minutes: with two processes the others run beside them."""
+    """Start with the SLURM tests, which wait for minutes: the others run beside them."""
     items.sort(key=lambda item: "test_slurm" not in item.nodeid)

@@ -25,7 +25,7 @@ from scripts.cli.attempt import records
 from util.files import read_json
 from util.logging import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 ON_TWO = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--epochs", EPOCHS]
 
 
