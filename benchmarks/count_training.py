@@ -85,7 +85,6 @@ def main(argv=None):
         parts = memory(config, flags.batch_size, grad_checkpointing=checkpointing, ema=flags.ema > 0)
         row = {"script": script.name, "batch_size": flags.batch_size, "accum_iter": flags.accum_iter}
         print(json.dumps(row | {f"{name}_gb": round(value, 1) for name, value in parts.items()}), flush=True)
-    fake_cuda.leave()
 
 
 if __name__ == "__main__":

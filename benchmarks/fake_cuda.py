@@ -4,9 +4,7 @@ they would launch is recorded. torch.compile generates its Triton code as on the
 `install()` replaces parts of torch in this process for good: call it first, in a program or subprocess.
 """
 
-import gc
 import os
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +166,6 @@ def attention(q, k, v, attn_mask=None, **options):
     return output
 
 
-KEPT = []  # what was compiled goes here: to free its tensors crashes, for lack of their device
 SDPA = F.scaled_dot_product_attention
 
 
@@ -271,10 +268,6 @@ def install():
     from torch._inductor.runtime import triton_helpers
     from triton.runtime.driver import driver
 
-    # The garbage collector looks into tensors of compiled functions that are freed already, and crashes.
-    gc.disable()
-    torch._dynamo.config.run_gc_after_compile = False
-
     shared = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_properties": lambda *_: H100, "is_bf16_supported": lambda *_, **__: True,
@@ -297,6 +290,8 @@ def install():
             _cuda_isCurrentStreamCapturing=lambda: False)
     replace(fake_tensor, init_gpu_context=lambda *_: None)
     FakeTensorMode.avoid_device_init = property(lambda self: True)
+    # A copied tensor would copy its mode with weak references to storages, which would then be freed twice.
+    FakeTensorMode.__deepcopy__ = lambda self, memo: self
     driver.set_active(NoDriver())
     replace(torch._C, _cuda_getCurrentRawStream=lambda _: 0)
     replace(torch._C._dynamo.guards, _reinterpret_tensor=torch.as_strided, _empty_strided_cuda=(
@@ -316,12 +311,6 @@ def install():
     replace(triton_helpers, set_driver_to_gpu=lambda: None, set_driver_to_cpu=lambda: None)
     replace(F, scaled_dot_product_attention=attention)
     torch.nn.Module._apply = convert
-
-
-def leave():
-    """End the process successfully; Python's own way out would free what is in KEPT."""
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def convert(module, function, recurse=True):
