@@ -27,7 +27,7 @@ def start_run(output_dir, state, steps, data, world, *, tensorboard=False, wandb
     """
     config, precision = state.config, "bfloat16" if state.config.bf16 else "float32"
     say(describe(state.model, world.device, bf16=config.bf16))
-    left = f", {steps - state.step:,} of them left" if state.step else ""
+    left = f", resumed with {steps - state.step:,} of them left" if state.step else ""
     processes = f" on {world.size} processes" if world.size > 1 else ""
     say(f"{steps:,} steps{left}{processes}, learning rate {config.lr:g}")
     if not world.is_main:
@@ -49,12 +49,25 @@ LPD_CURVES = {"training images": "loss", "held-out images": "val_loss"}
 
 def plot_losses(output_dir, curves=LPD_CURVES, ylabel="loss, nats per token"):
     """Plot numbers of a run's log over its epochs into loss.png; `curves` is a dict of label -> number."""
-    lines, shown = read_metrics(output_dir), {}
-    for label, name in curves.items():
-        points = [(line["epoch"], line[name]) for line in lines if name in line]
-        if points:
-            shown[label] = tuple(zip(*points, strict=True))
+    lines = read_metrics(output_dir)
+    shown = {label: tuple(zip(*points(lines, name), strict=True)) for label, name in curves.items()}
+    shown = {label: curve for label, curve in shown.items() if curve}
     pictures.save_curves(Path(output_dir) / "loss.png", shown, xlabel="epoch", ylabel=ylabel)
+
+
+def points(lines, name):
+    """(epoch, mean) of a number of the log, each over a hundredth of the run or more: a line may stand for a
+    step or two, at the end of an epoch."""
+    start, total, found = 0, 0.0, []
+    before = start
+    for line in lines:
+        if name in line:
+            total += (line["step"] - before) * line[name]
+            before = line["step"]
+            if before - start >= lines[-1]["step"] / 100:
+                found.append((line["epoch"], total / (before - start)))
+                start, total = before, 0.0
+    return found
 
 
 def sample_hook(settings, tokenizer, output_dir, class_names):

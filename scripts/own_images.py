@@ -4,7 +4,7 @@ images, the device and the time, made by the four programs, whose commands are p
     bash scripts/own_images.sh DATA [OUTPUT] [--minutes 30]
 
 DATA has CLASS/IMAGE, or train/ and val/ with such folders. What was chosen is kept in OUTPUT/recipe.json; the
-same command again resumes.
+same command again resumes, and one for other images or another time needs another OUTPUT.
 """
 
 import shlex
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from orders.schedule import training_steps
 from util import cli, folders
 from util.device import choose_device, is_cuda, synchronize
 from util.distributed import STOP_SIGNALS, World
-from util.files import read_json, write_json
-from util.images import load_image
+from util.files import read_json, refuse_changes, value_digest, write_json
+from util.images import image_loader, in_order
 from util.logging import read_metrics
 
 REPO = Path(__file__).resolve().parents[1]
@@ -40,9 +41,10 @@ def parse_args(argv=None):
     parser = cli.Parser(description="Train on a folder of images and generate more")
     add = parser.add_argument
     add("data", metavar="DATA", help="CLASS/IMAGE folders, or a folder with train/ and val/")
-    add("output", metavar="OUTPUT", nargs="?", default="output/own_images")
+    add("output", metavar="OUTPUT", nargs="?", default="output/own_images", help="default: output/own_images")
     add("--minutes", type=cli.number(float, 0.1), default=30.0, help="time to train for")
     add("--no_mirror", action="store_true", help="never mirror images, such as text or flags")
+    add("--skip_unreadable", action="store_true", help="leave unreadable images out")
     cli.add_device_flag(parser)
     add("--dry_run", action="store_true", help="choose, print the commands and stop")
     return parser.parse_args(argv)
@@ -110,9 +112,9 @@ def faster_precision(make_step, device):
 def recipe(args, folder, device):
     """Choose the flags of the four programs and print what was chosen, and the time that it should take."""
     tokenizer, lpd = choose(len(folder), device)
-    paths = [folder.root / name for name in folder.names[:: max(1, len(folder) // 32)]]
-    sizes = tokenizer["img_size"], folder.reading
-    reading = seconds(lambda: [load_image(path, *sizes) for path in paths], device, least=0) / len(paths)
+    some = range(0, len(folder), max(1, len(folder) // 32))
+    read = partial(image_loader, folder, tokenizer["img_size"], list(in_order(some, 32)), 0)
+    reading = seconds(lambda: list(read()), device, least=0) / len(some)
     expected, n = 0.0, len(folder)
     shares = {"tokenizer": TOKENIZER_SHARE, "lpd": 1 - TOKENIZER_SHARE}
     for name, flags, make_step, extra in (
@@ -131,19 +133,37 @@ def recipe(args, folder, device):
         )
     print(f"expected time: {expected / 60:.0f} minutes and a little more for samples")
     lpd |= {"warmup_epochs": lpd["epochs"] / 20, "sample_freq": max(1, lpd["epochs"] // 4)}
-    return {"tokenizer": tokenizer, "lpd": lpd, "sampling": SAMPLING}
+    return {"made_for": made_for(args, folder), "tokenizer": tokenizer, "lpd": lpd, "sampling": SAMPLING}
+
+
+def made_for(args, folder):
+    """What a recipe must not be used without."""
+    return {
+        "minutes": args.minutes, "no_mirror": args.no_mirror, "images": len(folder),
+        "names_digest": value_digest(list(folder.names)),
+    }
+
+
+def kept_or_new(args, folder, device, path):
+    """The recipe of an earlier call, which must have been for the same images and time, or a new one."""
+    if not path.exists():
+        return recipe(args, folder, device)
+    flags = read_json(path)
+    refuse_changes(path, flags.get("made_for"), made_for(args, folder), "give another OUTPUT")
+    return flags
 
 
 def commands(args, flags):
     """The command lines of the four programs, each a list of words, without Python."""
     out, tokenizer, lpd = args.output, flags["tokenizer"], flags["lpd"]
     vq, device = f"{out}/tokenizer/tokenizer.safetensors", {"device": args.device}
+    skip = {"skip_unreadable": args.skip_unreadable}
     cached = {"img_size": tokenizer["img_size"], "vqgan_path": vq, "data_path": args.data}
     from_cache = {"use_cached": True, "cached_path": f"{out}/cache", "vqgan_path": vq}
     weights = {"pretrained_ckpt": f"{out}/lpd", "vqgan_path": vq, **flags["sampling"]}
     programs = {
-        "main_tokenizer.py": {"data_path": args.data, **tokenizer, "output_dir": f"{out}/tokenizer"},
-        "main_cache.py": {**cached, "cached_path": f"{out}/cache"},
+        "main_tokenizer.py": {"data_path": args.data, **tokenizer, **skip, "output_dir": f"{out}/tokenizer"},
+        "main_cache.py": {**cached, **skip, "cached_path": f"{out}/cache"},
         "main_lpd.py": {**from_cache, **lpd, **flags["sampling"], "output_dir": f"{out}/lpd"},
         "main_sample.py": {**weights, "output_dir": f"{out}/samples", "overwrite": True},
     }
@@ -182,13 +202,17 @@ def run_program(line):
 
 
 def print_results(output):
-    """The first and last losses, and where the pictures are."""
+    """What the tokenizer reached, the first and last losses, and where the pictures are."""
+    report = read_json(f"{output}/tokenizer/report.json")
+    quality = f"{report['psnr']:.1f} dB, {report['codebook_use']:.0%} of the codes used"
+    print(f"tokenizer: {quality}, {report['images']}")
     log = [line for line in read_metrics(f"{output}/lpd") if "loss" in line]
     held_out = [line["val_loss"] for line in log if "val_loss" in line]
     print(f"loss: {log[0]['loss']:.2f} -> {log[-1]['loss']:.2f} nats per token, training images")
     if held_out:
         print(f"      {held_out[0]:.2f} -> {held_out[-1]:.2f} (least {min(held_out):.2f}), held-out images")
-    for place in ("tokenizer/reconstructions.png", "lpd/loss.png", "samples/grid.png", "samples/film.gif"):
+    tokenizer = ("tokenizer/reconstructions.png", "tokenizer/loss.png")
+    for place in (*tokenizer, "lpd/loss.png", "samples/grid.png", "samples/film.gif"):
         print(f"{output}/{place}")
 
 
@@ -199,8 +223,9 @@ def main(argv=None):
     with cli.checking():
         device = choose_device(args.device)
         train_images, held_out = folders.split_folder(args.data)
-        print(folders.summary(args.data, train_images.class_names, train_images, held_out))
-        flags = read_json(kept) if kept.exists() else recipe(args, train_images, device)
+        left_out = train_images.left_out
+        print(folders.summary(args.data, train_images.class_names, train_images, held_out, left_out))
+        flags = kept_or_new(args, train_images, device, kept)
     if not args.dry_run:
         write_json(kept, flags)
     for line in commands(args, flags):

@@ -346,7 +346,8 @@ def find_class(flag, text, names):
     for known in (names, plain):
         if text in known:
             return known.index(text)
-    raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({', '.join(plain[:10])}, ...)")
+    shown = ", ".join(plain[:10] + ["..."] * (len(plain) > 10))
+    raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({shown})")
 
 
 @contextmanager

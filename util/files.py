@@ -184,10 +184,13 @@ def refuse_changes(path, saved, now, remedy):
     `saved` and `now` are dicts of plain values, possibly nested; only keys of `now` count.
 
     Raises:
-        ValueError: naming the first field that differs, both values, and the remedy.
+        ValueError: naming the fields that differ, with both values, and the remedy.
     """
-    for name, before, value in _differences("", _plain(saved), _plain(now)):
-        raise ValueError(f"{path} was made with {name} {_short(before)}, now it is {_short(value)}: {remedy}")
+    found = _differences("", _plain(saved), _plain(now))
+    changes = [f"{name} {_short(before)}, now it is {_short(value)}" for name, before, value in found]
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise ValueError(f"{path} was made with {'; '.join(changes[:3])}{more}: {remedy}")
 
 
 def _plain(value):

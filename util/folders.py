@@ -62,12 +62,12 @@ def list_images(root, reading=Reading(), class_names=None):
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
     classes = [name for name in found if not _hidden(name)]
     if not classes:
-        raise ValueError(f"{root} has no class sub-folders (an ImageNet-style folder is {root}/CLASS/IMAGE)")
+        raise ValueError(f"{root} has no class sub-folders: images must lie in {root}/CLASS/, one is enough")
     images = {name: _images_below(root, name) for name in classes}
     if not any(images.values()):
         raise ValueError(f"{root} has {len(classes)} class sub-folders but no images in them")
     known = tuple(name for name in classes if images[name]) if class_names is None else tuple(class_names)
-    left_out = [f"{name} (hidden)" for name in found if _hidden(name)]
+    left_out = [f"{name} (no class)" for name in found if _hidden(name)]
     left_out += [f"{name} (no images)" for name in classes if not images[name]]
     left_out += [f"{name} (no such class)" for name in classes if images[name] and name not in known]
     listed = [(name, label) for label, class_name in enumerate(known) for name in images.get(class_name, ())]

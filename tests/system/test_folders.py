@@ -23,10 +23,10 @@ def test_folder_lists_sorted_names_and_labels_by_sorted_class(tmp_path):
     assert folder.class_names == ("a", "c")
     assert folder.names == ("a/deep/x.webp", "a/y.png", "c/10.JPG", "c/2.png")
     assert folder.labels.tolist() == [0, 0, 1, 1]
-    assert folder.left_out == (".x (hidden)", "__MACOSX (hidden)", "b (no images)")
+    assert folder.left_out == (".x (no class)", "__MACOSX (no class)", "b (no images)")
     assert summary("DATA", folder.class_names, folder, left_out=folder.left_out).splitlines() == [
         "DATA: 4 training images, 0 held out; 2 classes", "  a 2, c 2",
-        "  left out: .x (hidden), __MACOSX (hidden), b (no images)",
+        "  left out: .x (no class), __MACOSX (no class), b (no images)",
     ]
 
 

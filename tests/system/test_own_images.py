@@ -9,7 +9,8 @@ import torch
 from helpers import call_main, finished, picture
 
 from scripts import own_images
-from util.files import read_json
+from util.files import read_json, write_json
+from util.folders import split_folder
 
 
 @pytest.fixture
@@ -53,8 +54,20 @@ def test_time_decides_the_epochs_and_few_images_a_small_model(quick, tmp_path, m
     assert own_images.choose(100, torch.device("cuda"))[1]["model"] == "lpd_tiny"
 
 
+def test_recipe_serves_the_images_and_the_time_that_it_was_made_for(quick, tmp_path):
+    helpers.write_images(tmp_path / "data", per_class=9)
+    train, out = split_folder(tmp_path / "data")[0], tmp_path / "out"
+    words = [tmp_path / "data", out, "--dry_run", "--minutes"]
+    args = own_images.parse_args([str(word) for word in [*words, 1]])
+    write_json(out / "recipe.json", own_images.recipe(args, train, torch.device("cpu")))
+    finished(call_main(own_images.main, *words, 1))
+    (train.root / train.names[0]).unlink()
+    outcome = call_main(own_images.main, *words, 2)
+    changes = f"minutes 1.0, now it is 2.0; images {len(train)}, now it is {len(train) - 1}"
+    assert outcome.status == 2 and changes in outcome.err and "give another OUTPUT" in outcome.err
+
+
 @pytest.mark.slow
-@pytest.mark.long
 def test_images_become_samples_and_the_recipe_is_kept(tmp_path, monkeypatch):
     timed = own_images.seconds
     monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: timed(step, device, least=0))

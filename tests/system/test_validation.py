@@ -13,6 +13,7 @@ from helpers import ALONE, CONFIG, call, finished, picture, tokenizer_flags, tor
 from engine.checkpoint import LAST, recorded_settings
 from engine.data import ImageStream
 from engine.likelihood import token_nll
+from engine.report import points
 from engine.train import TrainConfig, new_state, validation
 from engine.train_tokenizer import TokenizerTrainConfig
 from models.vqgan import VQModel
@@ -133,3 +134,11 @@ def test_tokenizer_starts_from_weights_whose_sizes_count(tmp_path):
     assert helpers.same(dict(found.encoder.state_dict()), dict(expected.encoder.state_dict()))
     outcome = call("tokenizer", *tokenizer_flags(tmp_path / "b", **{**flags, "vocab_size": 32}))
     assert outcome.status == 2 and "made with vocab_size 64, now it is 32" in outcome.err
+
+
+def test_loss_curve_joins_what_the_log_cuts_short_at_the_end_of_an_epoch():
+    losses = {50: 4.0, 51: 1.0, 101: 3.0}
+    lines = [{"step": step, "epoch": step / 100, "loss": loss} for step, loss in losses.items()]
+    lines += [{"step": 200, "epoch": 2.0, "loss": 2.0, "val_loss": 2.5}]
+    assert points(lines, "loss") == [(0.5, 4.0), (1.01, pytest.approx((1 + 50 * 3) / 51)), (2.0, 2.0)]
+    assert points(lines, "val_loss") == [(2.0, 2.5)]
