@@ -266,6 +266,35 @@ def test_agent_forwards_a_signal_and_ends_with_its_status(tmp_path):
     assert read_pth(tmp_path / "run" / LAST)["step"] in (4, 5)
 
 
+STOPPED = """
+import os, signal, sys
+import engine.train_tokenizer, main_tokenizer
+from engine.train_tokenizer import train_step
+from util import cli
+def step(state, *rest):
+    if sys.argv[1] == "stop" and os.environ["RANK"] == "1" and state.step == 4:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return train_step(state, *rest)
+engine.train_tokenizer.train_step = step
+cli.run(lambda: main_tokenizer.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_tokenizer_resumed_on_three_processes_has_the_weights_of_an_undisturbed_one(tmp_path):
+    """Two would not do: their sums do not depend on the order. The model has more than one bucket of DDP."""
+    (tmp_path / "train.py").write_text(STOPPED)
+
+    def run(how, folder):
+        flags = tokenizer_flags(tmp_path / folder, batch_size=2, epochs=4, base_width=64)
+        return helpers.agent(3, tmp_path / "train.py", how, *flags)
+
+    finished(run("go", "plain"))
+    assert run("stop", "stopped").status == 128 + signal.SIGUSR2
+    finished(run("go", "stopped"))
+    assert same(*(read_pth(tmp_path / folder / LAST) for folder in ("plain", "stopped")))
+
+
 # Two runs in one folder; the lock itself is tested in tests/system/test_files.py.
 
 HOLD = """
