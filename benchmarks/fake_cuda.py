@@ -93,7 +93,7 @@ RECORDER = Recorder()
 def operations_of(name, inputs, outputs):
     """Operations of a product or convolution, two per multiply-add; of other kernels only bytes matter."""
     matrices = [x for x in inputs if x.ndim > 1]
-    if name == "convolution":
+    if name in ("convolution", "conv2d"):
         return 2 * outputs[0].numel() * matrices[1][0].numel()
     if kind_of(name) == "linears":
         return 2 * outputs[0].numel() * matrices[0].shape[-1]

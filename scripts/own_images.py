@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +24,10 @@ from orders.schedule import training_steps
 from util import cli, folders
 from util.device import choose_device, is_cuda, synchronize
 from util.distributed import STOP_SIGNALS, World
-from util.files import read_json, refuse_changes, value_digest, write_json
+from util.files import read_json, refuse_changes, write_json
 from util.images import image_loader, in_order
 from util.logging import read_metrics
+from util.token_cache import names_digest
 
 REPO = Path(__file__).resolve().parents[1]
 FEW_IMAGES = 5000  # below: smaller steps, and a model that learns less by heart
@@ -113,8 +113,8 @@ def recipe(args, folder, device):
     """Choose the flags of the four programs and print what was chosen, and the time that it should take."""
     tokenizer, lpd = choose(len(folder), device)
     some = range(0, len(folder), max(1, len(folder) // 32))
-    read = partial(image_loader, folder, tokenizer["img_size"], list(in_order(some, 32)), 0)
-    reading = seconds(lambda: list(read()), device, least=0) / len(some)
+    plan, size = list(in_order(some, 32)), tokenizer["img_size"]
+    reading = seconds(lambda: list(image_loader(folder, size, plan, 0)), device, least=0) / len(some)
     expected, n = 0.0, len(folder)
     shares = {"tokenizer": TOKENIZER_SHARE, "lpd": 1 - TOKENIZER_SHARE}
     for name, flags, make_step, extra in (
@@ -140,7 +140,7 @@ def made_for(args, folder):
     """What a recipe must not be used without."""
     return {
         "minutes": args.minutes, "no_mirror": args.no_mirror, "images": len(folder),
-        "names_digest": value_digest(list(folder.names)),
+        "names_digest": names_digest(folder.names),
     }
 
 
