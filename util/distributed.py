@@ -55,7 +55,10 @@ def init(device_name="auto", timeout=10):
 
 
 def finish():
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and drop the connection of its roll call: nothing of them is
+    left for the interpreter's own end."""
+    global _roll_call
+    _roll_call = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
