@@ -130,9 +130,6 @@ def finish(writer, folder, errors, skip_unreadable):
         print(f"unreadable: {reason}", file=sys.stderr)
     if errors and skip_unreadable:
         print(f"{len(errors)} unreadable images left out", file=sys.stderr)
-    elif errors:
-        action = "shards not written: repair or --skip_unreadable"
-        print(f"error: {len(errors)} unreadable images, {action}", file=sys.stderr)
     if skip_unreadable or not errors:
         writer.finish(folder.names)
         images = writer.meta.num_images - len(errors)
@@ -143,9 +140,8 @@ def main(argv=None):
     args = parse_args(argv)
     check(args)
     errors = convert(args) if args.from_mar else encode(args)
-    distributed.finish()
     if errors and not args.skip_unreadable:
-        sys.exit(1)
+        raise cli.Failure(f"{len(errors)} unreadable images, shards not written: repair or --skip_unreadable")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,6 @@ def main(argv=None):
         (run_evaluation if args.evaluate else run_training)(args, world)
     except (LossNotFinite, evaluate.EvaluationFailed, ModuleNotFoundError) as error:
         raise cli.Failure(error) from None  # the module: tensorboard or wandb
-    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -123,7 +123,6 @@ def main(argv=None):
         )
         of_what = f"{extractor.num_features} features of {extractor.name}, {preparation}"
         print(f"{args.output_file}: {n} images, {of_what}")
-    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ def main(argv=None):
             raise cli.Failure(error) from None
         if world.is_main:
             write_results(args, state, (folder, held_out), output_dir, world)
-    distributed.finish()
 
 
 def model_config(args, pretrained):

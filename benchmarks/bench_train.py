@@ -144,7 +144,6 @@ def main(argv=None):
     result = record(world.device, processes=world.size, **measured(args, config, world))
     if world.is_main:
         publish(result, args.output_file)
-    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Fixtures that several test files share: tiny models with seeded weights, and the golden values."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -8,9 +7,6 @@ import torch
 
 from models.lpd import LPD, LPDConfig
 from models.vqgan import VQConfig, VQModel
-
-# A shell starts background commands with Ctrl-C ignored, which the programs under test would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

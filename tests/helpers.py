@@ -6,13 +6,8 @@ import gzip
 import hashlib
 import importlib
 import io
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Outcome, finished
 
 from benchmarks.random_inception import save_random_inception
 from engine.train import TrainConfig
@@ -30,7 +26,6 @@ from util import cli
 from util.distributed import World
 from util.token_cache import CacheMeta, CacheWriter, names_digest
 
-REPO = Path(__file__).resolve().parents[1]
 CLASSES = ("00_bars", "01_noise", "02_rings")
 TRAIN, VAL = 18, 6  # images in all, equally many of each class
 SIZE, STRIDE, TOKENS = 16, 4, 16
@@ -39,20 +34,8 @@ VQ = VQConfig(
 )
 ON_CPU = ("--device", "cpu", "--num_workers", "0")
 
-# One thread, like the processes that tests start: their results are compared bit for bit with this one's.
-torch.set_num_threads(1)
-
 
 # Calling programs.
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a program ended: its exit status and what it printed."""
-
-    status: int
-    out: str
-    err: str
 
 
 def call(program, *argv):
@@ -69,51 +52,6 @@ def call_main(main, *argv):
         except SystemExit as end:
             status = end.code or 0
     return Outcome(status, out.getvalue(), err.getvalue())
-
-
-def finished(outcome):
-    """The outcome, which must be a success."""
-    assert outcome.status == 0, f"exit status {outcome.status}\n{outcome.out}\n{outcome.err}"
-    return outcome
-
-
-def python(*words, cwd=None, timeout=500):
-    """Run `python WORDS` as a process of its own, with one thread, on the CPU."""
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LPD_INCEPTION", "TORCHELASTIC_ERROR_FILE")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=env, cwd=cwd or tempfile.gettempdir(), text=True,
-        capture_output=True, timeout=timeout,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
-
-def start(program, *argv, cwd=None):
-    """Run main_PROGRAM.py as a process of its own, from another working directory."""
-    return python(REPO / f"main_{program}.py", *argv, cwd=cwd)
-
-
-def free_port():
-    """A port of this machine that nothing listens to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _launch(launcher, processes, *words):
-    port = ("--master_addr", "127.0.0.1", "--master_port", free_port())
-    return python(*launcher, "--nproc_per_node", processes, *port, *words)
-
-
-def torchrun(processes, program, *argv):
-    """Run main_PROGRAM.py under torchrun on the CPU."""
-    return _launch(("-m", "torch.distributed.run"), processes, REPO / f"main_{program}.py", *argv)
-
-
-def agent(processes, *words):
-    """Run a program's processes under scripts/cli/agent.py."""
-    return _launch((REPO / "scripts/cli/agent.py",), processes, *words)
 
 
 # Files.

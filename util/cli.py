@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import ImageColor
 
 from util import files, folders
-from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, say
+from util.distributed import Stopped, describe_loss, ending_workers, finish, is_peer_failure, leave, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
 
@@ -383,15 +383,16 @@ def run(main):
     try:
         with ending_workers():
             main()
+        finish()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(stop.status)
+        leave(stop.status)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except Exception as error:
         report(f"error: {error}" if isinstance(error, ONE_LINE) else traceback.format_exc().strip(), error)
-        sys.exit(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
+        leave(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
 
 
 def report(message, error):

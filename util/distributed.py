@@ -3,6 +3,7 @@
 Everything works alike for a single process without torchrun.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed
+import torch.distributed.nn  # now: imported with a process group there, it would keep that group for ever
 
 from util.device import choose_device
 
@@ -61,6 +63,17 @@ def finish():
     _roll_call = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave(status):
+    """End this process with an exit status: a member of a process group at once, without leaving it, which may
+    wait for lost peers, and without the interpreter's own end, in which the group's threads can abort."""
+    if not torch.distributed.is_initialized():
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def barrier():

@@ -225,7 +225,6 @@ def main(argv=None):
             write_table(args.output_dir, rows)
             draw(args.output_dir, rows, settings)
             print_table(rows)
-    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from engine.generate import Sampling, generate_tokens, resolve_settings
 from models.lpd import LPD, NO_LABEL, LPDConfig
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets/fashion_mnist/lpd.safetensors"
-CFG, IMAGES = 4.8, 20
+CFG, IMAGES = 4.8, 4
 
 
 def shipped_model():
@@ -23,7 +23,7 @@ def deep_model():
     """24 layers of random weights, where errors of the residual stream add up."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {"embed_dim": 192, "depth": 24, "num_heads": 6}
+        sizes = {"embed_dim": 96, "depth": 24, "num_heads": 3}
         return LPD(LPDConfig(grid_size=8, vocab_size=512, num_classes=10, **sizes)).eval()
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import helpers
+import processes
 import torch
-from helpers import REPO
+from processes import REPO
 
 from engine.data import ImageStream
 from models.weights import read_weights
@@ -67,12 +68,12 @@ class Cluster:
         """Run scripts/cli/run.py; returns the Outcome."""
         words, env = [sys.executable, RUN, *map(str, words)], {**self.env, **variables}
         done = subprocess.run(words, env=env, cwd=REPO, capture_output=True, text=True)
-        return helpers.Outcome(done.returncode, done.stdout, done.stderr)
+        return processes.Outcome(done.returncode, done.stdout, done.stderr)
 
     def submit(self, folder, *words, **variables):
         """Submit a job with a run folder."""
         flags = ["-J", "test", "--gpus-per-node", 0, "--output-dir", folder]
-        outcome = helpers.finished(self.run(*flags, *words, **variables))
+        outcome = processes.finished(self.run(*flags, *words, **variables))
         return Job(self, Path(folder), re.match(r"job (\d+) submitted", outcome.out)[1])
 
 
@@ -227,7 +228,7 @@ def make_tokens(folder):
     helpers.fashion_mnist(folder / "images", IMAGES)
     vq = REPO / "assets/fashion_mnist/tokenizer.safetensors"
     words = ["--img_size", 32, "--vqgan_path", vq, "--data_path", folder / "images", *helpers.ON_CPU]
-    helpers.finished(helpers.call("cache", *words, "--cached_path", folder / "cache"))
+    processes.finished(helpers.call("cache", *words, "--cached_path", folder / "cache"))
     return folder / "cache"
 
 
@@ -281,7 +282,7 @@ def repeat(cluster, space, args):
         print(f"{number + 1}. {kind}: trains again after {seconds:.0f} s", flush=True)
     (space / "hurry").touch()
     state = job.ended()
-    print(helpers.finished(cluster.run("status", space / "run")).out)
+    print(processes.finished(cluster.run("status", space / "run")).out)
     assert state == "COMPLETED" and plain.wait() == 0
     check_images(job, epochs)
     assert same_weights(space / "run", space / "plain")

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import helpers
+import processes
 import pytest
 from faults import machines
 from faults.kills import evaluation_flags, order_flags, results
 from faults.machines import BATCH, EPOCHS, FAULTS, IMAGES, TRAIN, survive
-from helpers import REPO
+from processes import REPO
 
 import main_cache
 import main_lpd
@@ -72,11 +73,11 @@ def test_failing_job_is_retried_and_reported_with_its_error(cluster, tmp_path):
     script = 'echo "try of $(hostname)"; echo "error: no such luck" >&2; exit 5'
     job = cluster.submit(tmp_path, "--max-retry", 1, "bash", "-c", script)
     assert job.ended() == "FAILED"
-    status = helpers.finished(cluster.run("status", tmp_path)).out
+    status = processes.finished(cluster.run("status", tmp_path)).out
     assert status.startswith(f"job {job.job_id}: FAILED\n")
     attempt = r"attempt [01] on lpd[123], \S+ \S+: failed, \S+ \S+: exit status 5: error: no such luck\n"
     assert len(re.findall(attempt, status)) == 2
-    logs = helpers.finished(cluster.run("logs", tmp_path)).out
+    logs = processes.finished(cluster.run("logs", tmp_path)).out
     assert logs.count("\ntry of") == 2 <= logs.count("error: no such luck")
 
 
@@ -84,9 +85,10 @@ def test_cancelled_job_frees_its_folder(cluster, tmp_path):
     job = cluster.submit(tmp_path, "sleep", 600)
     outcome = cluster.run("--gpus-per-node", 0, "--output-dir", tmp_path, "true")
     assert outcome.status == 2 and f"is used by job {job.job_id}, which is" in outcome.err
-    helpers.finished(cluster.run("cancel", tmp_path))
+    processes.finished(cluster.run("cancel", tmp_path))
     assert job.ended() == "CANCELLED"
-    assert helpers.finished(cluster.run("status", tmp_path)).out.startswith(f"job {job.job_id}: CANCELLED\n")
+    status = processes.finished(cluster.run("status", tmp_path)).out
+    assert status.startswith(f"job {job.job_id}: CANCELLED\n")
     cluster.submit(tmp_path, "true")
 
 
@@ -103,7 +105,7 @@ def test_time_limit_and_requeue_by_hand(training):
     survive(training, FAULTS["time limit"])
     survive(training, FAULTS["requeue"])
     assert records(training.folder / "jobs", training.job_id)[0]["cause"] == "time limit"
-    assert "stopped: SIGUSR2: checkpoint-last.pth holds step" in helpers.finished(
+    assert "stopped: SIGUSR2: checkpoint-last.pth holds step" in processes.finished(
         training.cluster.run("logs", training.folder)
     ).out
 
@@ -114,7 +116,7 @@ def test_machine_that_hangs_ends_the_attempt_and_is_named(hung):
     seconds.result()
     rank = r"process [01] on lpd\d waited in vain for process 2 on (lpd\d), process 3 on \1 \(.*\)"
     assert re.fullmatch(f"error: {rank}", reasons(job)[0])
-    helpers.finished(job.cluster.run("cancel", job.folder))
+    processes.finished(job.cluster.run("cancel", job.folder))
 
 
 def test_preemption_by_a_higher_partition(training):
@@ -150,7 +152,7 @@ def test_after_all_faults_the_weights_are_those_of_one_machine(training, halfway
     """Bit for bit, with as many processes; no image came twice in an epoch."""
     training.folder.with_name("hurry").touch()
     assert training.ended() == "COMPLETED"
-    status = helpers.finished(training.cluster.run("status", training.folder)).out
+    status = processes.finished(training.cluster.run("status", training.folder)).out
     attempts = [int(number) for number in re.findall(r"^attempt (\d+)", status, re.M)]
     assert attempts == list(range(len(attempts))) and len(attempts) >= 7, status
     machines.check_images(training, EPOCHS)
@@ -217,7 +219,7 @@ def test_caching_orders_and_evaluation_on_two_machines_give_the_files_of_one(clu
     )
     job = cluster.submit(tmp_path / "run", "-N", 2, "bash", "-c", script)
     for main, words in zip((main_cache, main_lpd, run_lpd_order), flags(one), strict=True):
-        helpers.finished(helpers.call_main(main.main, *shlex.split(words)))
+        processes.finished(helpers.call_main(main.main, *shlex.split(words)))
     assert job.ended() == "COMPLETED", reasons(job)
     (found, files), (expected, expected_files) = (evaluation_and_files(place) for place in (many, one))
     assert files == expected_files

@@ -10,8 +10,10 @@ import sys
 import time
 
 import helpers
+import processes
 import pytest
-from helpers import TRAIN, call, contents, finished, same, tokenizer_flags, train_flags
+from helpers import TRAIN, call, contents, same, tokenizer_flags, train_flags
+from processes import finished
 
 import engine.train
 import engine.train_tokenizer
@@ -182,7 +184,7 @@ def eventful(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eventful")
     (folder / "train.py").write_text(EVENTFUL)
     flags = train_flags(folder / "run", batch_size=2, save_last_freq=0, val_freq=0)
-    return folder, helpers.agent(2, folder / "train.py", folder / "seen", *flags)
+    return folder, processes.agent(2, folder / "train.py", folder / "seen", *flags)
 
 
 def test_signal_to_one_process_stops_all_after_the_same_step(eventful):
@@ -249,7 +251,7 @@ cli.run(lambda: main_lpd.main(sys.argv[2:]))
 def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, line, tmp_path):
     """Within a minute: the agent asks the others to end, and kills them after half a minute."""
     (tmp_path / "train.py").write_text(DYING)
-    outcome = helpers.agent(2, tmp_path / "train.py", how, *train_flags(tmp_path / "run", batch_size=2))
+    outcome = processes.agent(2, tmp_path / "train.py", how, *train_flags(tmp_path / "run", batch_size=2))
     assert time.time() - float((tmp_path / "when").read_text()) < 60
     assert outcome.status == status
     assert outcome.err.count(line) == 1
@@ -260,34 +262,35 @@ def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, lin
 def test_agent_forwards_a_signal_and_ends_with_its_status(tmp_path):
     """It receives it in step 2 and waits for the checkpoint; the processes notice it then or a step later."""
     (tmp_path / "train.py").write_text(DYING)
-    outcome = helpers.agent(2, tmp_path / "train.py", "stop", *train_flags(tmp_path / "run", batch_size=2))
+    outcome = processes.agent(2, tmp_path / "train.py", "stop", *train_flags(tmp_path / "run", batch_size=2))
     assert outcome.status == 128 + signal.SIGTERM
     assert outcome.err.count("stopped: SIGTERM: ") == 1 and "Traceback" not in outcome.err
     assert read_pth(tmp_path / "run" / LAST)["step"] in (4, 5)
 
 
 STOPPED = """
-import os, signal, sys
+import functools, os, signal, sys
 import engine.train_tokenizer, main_tokenizer
-from engine.train_tokenizer import train_step
+from engine.train_tokenizer import DistributedDataParallel, train_step
 from util import cli
 def step(state, *rest):
     if sys.argv[1] == "stop" and os.environ["RANK"] == "1" and state.step == 4:
         os.kill(os.getpid(), signal.SIGUSR2)
     return train_step(state, *rest)
 engine.train_tokenizer.train_step = step
+engine.train_tokenizer.DistributedDataParallel = functools.partial(DistributedDataParallel, bucket_cap_mb=0.1)
 cli.run(lambda: main_tokenizer.main(sys.argv[2:]))
 """
 
 
 @pytest.mark.slow
 def test_tokenizer_resumed_on_three_processes_has_the_weights_of_an_undisturbed_one(tmp_path):
-    """Two would not do: their sums do not depend on the order. The model has more than one bucket of DDP."""
+    """Two would not do: their sums do not depend on the order. The model takes several of DDP's buckets."""
     (tmp_path / "train.py").write_text(STOPPED)
 
     def run(how, folder):
-        flags = tokenizer_flags(tmp_path / folder, batch_size=2, epochs=4, base_width=64)
-        return helpers.agent(3, tmp_path / "train.py", how, *flags)
+        flags = tokenizer_flags(tmp_path / folder, batch_size=2, epochs=4)
+        return processes.forked_group(3, tmp_path / "train.py", how, *flags)
 
     finished(run("go", "plain"))
     assert run("stop", "stopped").status == 128 + signal.SIGUSR2

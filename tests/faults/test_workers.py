@@ -1,30 +1,29 @@
-"""No process outlives its program by more than a few seconds, whatever ended it and whatever it was doing."""
+"""No process outlives its program, whatever ended it and whatever it was doing."""
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import helpers
+import processes
 import pytest
-from helpers import REPO, cache_flags, tokenizer_flags, train_flags, words_of
+from helpers import cache_flags, tokenizer_flags, train_flags, words_of
+from processes import REPO, children, running, wait_for
 
 from engine.checkpoint import LAST
 from models.weights import read_pth
 
-SECONDS = 5  # workers look for their parent process once a second
-
+# The worker that reads notes each image; then it takes its time.
 SLOW_READING = """
 import runpy, sys, time
 import util.images
-plain, seconds = util.images.load_image, float(sys.argv[1])
+plain, log, seconds = util.images.load_image, sys.argv[1], float(sys.argv[2])
 def slow(*args):
+    with open(log, "a") as file:
+        print(file=file)
     time.sleep(seconds)
     return plain(*args)
 util.images.load_image = slow
-sys.argv = sys.argv[2:]
+sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -39,46 +38,19 @@ for items in loader:
 """
 
 
-def start(*words):
-    """A Python process in a session of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *map(str, words)]
-    return subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def images_read(log):
+    return log.read_text().count("\n") if log.exists() else 0
 
 
-def children(pid):
-    """The ids of a process's children and their children."""
+def assert_nothing_outlives(program, number, log, images):
+    """Signal a program once its workers have begun to read so many images."""
     try:
-        lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except FileNotFoundError:
-        return []
-    own = [int(child) for part in lists for child in part]
-    return own + [each for child in own for each in children(child)]
-
-
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def assert_nothing_outlives(program, number, processes, working):
-    """Signal a process that has started `processes` others, once they have worked for so many seconds."""
-    try:
-        assert wait_for(lambda: len(children(program.pid)) >= processes, 120)
-        time.sleep(working)
+        wait_for(lambda: images_read(log) >= images or program.exitcode is not None, "reading")
+        assert program.exitcode is None
         started = children(program.pid)
-        program.send_signal(number)
-        program.wait(60)
-        assert wait_for(lambda: not any(map(running, started)), SECONDS), f"{number.name}: {started}"
+        os.kill(program.pid, number)
+        program.join(processes.WAIT)
+        wait_for(lambda: not any(map(running, started)), f"end of {started} after {number.name}")
     finally:
         for pid in [program.pid, *children(program.pid)]:
             if running(pid):
@@ -86,10 +58,13 @@ def assert_nothing_outlives(program, number, processes, working):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_worker_that_waits_for_its_killed_program_to_read_ends(workers):
-    """The pipe between them is full."""
-    program = start("-c", SLOW_CONSUMER, helpers.images() / "train", workers)
-    assert_nothing_outlives(program, signal.SIGKILL, workers, working=2)
+def test_worker_that_waits_for_its_killed_program_to_read_ends(workers, tmp_path):
+    """The pipe between them is full: each worker is at its third batch of eight, and one takes up a pipe."""
+    log, script = tmp_path / "log", tmp_path / "consumer.py"
+    script.write_text(SLOW_CONSUMER)
+    words = script, helpers.images() / "train", workers
+    program = processes.fork("-c", SLOW_READING, log, 0, *words)
+    assert_nothing_outlives(program, signal.SIGKILL, log, images=17 * workers)
 
 
 def flags_of(program, out):
@@ -107,27 +82,26 @@ def flags_of(program, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["stats", "cache", "tokenizer", "lpd"])
 def test_program_ended_while_it_reads_leaves_no_worker(program, tmp_path):
-    ends = {signal.SIGKILL: 3, signal.SIGTERM: 1, signal.SIGINT: 3}
+    """Reading never ends in caching and statistics, which end by themselves; training ends after a step."""
+    seconds = 0.1 if program in ("tokenizer", "lpd") else 1000
     started = {}
-    # The last of three must still read when the others have ended: caching and statistics end by themselves.
-    seconds = 0.3 if program in ("tokenizer", "lpd") else 3
-    for number, workers in ends.items():
-        flags = flags_of(program, tmp_path / number.name)
-        words = ("-c", SLOW_READING, seconds, REPO / f"main_{program}.py", *flags, "--device", "cpu")
-        started[number] = start(*words, "--num_workers", workers)
-    for number, process in started.items():
-        assert_nothing_outlives(process, number, ends[number], working=1)
+    for number, workers in {signal.SIGKILL: 3, signal.SIGTERM: 1, signal.SIGINT: 3}.items():
+        log, flags = tmp_path / f"{number.name}.log", flags_of(program, tmp_path / number.name)
+        words = REPO / f"main_{program}.py", *flags, "--device", "cpu", "--num_workers", workers
+        started[number] = log, processes.fork("-c", SLOW_READING, log, seconds, *words)
+    for number, (log, process) in started.items():
+        assert_nothing_outlives(process, number, log, images=1)
 
 
 @pytest.mark.slow
 def test_training_saves_and_ends_when_its_launcher_is_killed(tmp_path):
-    port = helpers.free_port()
-    launcher = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, REPO / "main_lpd.py",
+    launcher = processes.background(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPO / "main_lpd.py",
         *train_flags(tmp_path / "run", epochs=100000, save_last_freq=0, log_every=10),
     )
-    assert wait_for((tmp_path / "run/metrics.jsonl").exists, 120)
-    processes = children(launcher.pid)
+    wait_for((tmp_path / "run/metrics.jsonl").exists, "training")
+    started = children(launcher.pid)
     launcher.kill()
-    assert wait_for(lambda: not any(map(running, processes)), 60)  # they notice within a second, then save
+    launcher.wait()
+    wait_for(lambda: not any(map(running, started)), "end of the processes")  # they notice, then save
     assert read_pth(tmp_path / "run" / LAST)["step"] > 0

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import ON_CPU, call_main, contents, finished, images, token_cache, tokenizer, trained, words_of
+from helpers import ON_CPU, call_main, contents, images, token_cache, tokenizer, trained, words_of
+from processes import finished
 
 from engine.likelihood import token_nll
 from models.lpd import LPD

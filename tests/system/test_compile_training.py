@@ -7,7 +7,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, CONFIG, MODEL, call, finished, four_images, train_flags
+from helpers import ALONE, CONFIG, MODEL, call, four_images, train_flags
+from processes import finished
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 

@@ -4,9 +4,11 @@ import json
 
 import helpers
 import numpy as np
+import processes
 import pytest
-from helpers import call, contents, edit_flags, finished, picture
+from helpers import call, contents, edit_flags, picture
 from PIL import Image
+from processes import finished
 
 from models.vqgan import VQModel
 from util.images import cells_under, paste, to_uint8, to_unit, with_border
@@ -51,7 +53,8 @@ def run_edit(folder, part, **changes):
 
 
 def test_editing_writes_results_sheet_and_film(tmp_path):
-    outcome = finished(helpers.start("edit", *edit_flags("out", ["--box", 0, 4, 8, 16], cfg=2), cwd=tmp_path))
+    words = edit_flags("out", ["--box", 0, 4, 8, 16], cfg=2)
+    outcome = finished(processes.start("edit", *words, cwd=tmp_path))
     assert "6 of 16 cells generated in 3 steps" in outcome.out
     names = [*(f"images/{i:05d}.png" for i in range(3)), "kept.png", "original.png", "sheet.png"]
     assert list(contents(tmp_path / "out")) == ["edit.json", "film.gif", *names]

@@ -6,7 +6,8 @@ import re
 import helpers
 import pytest
 import torch
-from helpers import call_main, finished
+from helpers import call_main
+from processes import finished
 
 from models.lpd import LPD
 from models.vqgan import VQModel

@@ -2,6 +2,7 @@
 
 import helpers
 import numpy as np
+import processes
 import pytest
 from helpers import ALONE, SIZE
 
@@ -116,6 +117,6 @@ def test_programs_leave_unreadable_images_out_on_request(damaged, tmp_path, prog
     }[program]()
     refused = helpers.call(program, *flags)
     assert refused.status == 1 and "error: " in refused.err and "01_noise/1.png" in refused.err
-    outcome = helpers.finished(helpers.call(program, *flags, "--skip_unreadable"))
+    outcome = processes.finished(helpers.call(program, *flags, "--skip_unreadable"))
     assert "1 unreadable images left out" in outcome.err
     assert "8 training images, 0 held out; 3 classes" in outcome.out

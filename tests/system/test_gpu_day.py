@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO, call_main, draw
+from helpers import call_main, draw
 from PIL import Image
+from processes import REPO
 
 from scripts import gpu_day
 from util.files import read_json

@@ -1,17 +1,18 @@
 """orders/run_lpd_order.{py,sh} and orders/plot.py: the files they write, errors, kills and interrupts."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
-from helpers import REPO, call_main
+from helpers import call_main
+from processes import REPO, WAIT, children, finished, running, wait_for
 
 from orders import plot, run_lpd_order
 from orders.lpd_order import ORDER_KINDS, lpd_orders, make_orders
@@ -105,47 +106,41 @@ def test_a_file_of_other_settings_is_refused(tmp_path, name, flags):
 def long_run(tmp_path):
     """The program in the middle of a long run in `tmp_path`, and the process ids of its two workers."""
     flags = ["--num_runs", "1000000", "--max_workers", "2", "--output_file", "orders.npy", "orders.json"]
-    process = subprocess.Popen(
-        [sys.executable, PROGRAM, *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+    shown = tmp_path.with_name(f"{tmp_path.name}.err")
+    process = processes.fork(PROGRAM, *flags, cwd=tmp_path, err=shown)
     try:
-        seen = ""
-        while not re.search(r"[1-9]\d*/1000000", seen):
-            seen += process.stderr.read(1)
-        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        yield process, [pid for pid in pids if state(pid)[1:] == [str(process.pid)]]
+        orders = re.compile(r"[1-9]\d*/1000000")
+        wait_for(lambda: process.exitcode is not None or orders.search(shown.read_text()), "orders")
+        yield process, children(process.pid), shown
     finally:
         process.kill()
 
 
-def state(pid):
-    """[state, parent's pid] of a process, [] of one that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return []
-
-
 @pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", -15), ("SIGKILL", -9)])
 def test_a_stopped_run_leaves_no_file_and_no_worker(tmp_path, long_run, number, status):
-    process, workers = long_run
+    process, workers, shown = long_run
     assert len(workers) == 2
-    process.send_signal(signal.Signals[number])
-    assert "Traceback" not in process.communicate(timeout=30)[1]
-    assert process.returncode == status
-    deadline = time.monotonic() + 10
-    while running := [pid for pid in workers if state(pid)[:1] not in ([], ["Z"])]:
-        assert time.monotonic() < deadline, running
-        time.sleep(0.05)
+    os.kill(process.pid, signal.Signals[number])
+    process.join(WAIT)
+    assert process.exitcode == status and "Traceback" not in shown.read_text()
+    wait_for(lambda: not any(map(running, workers)), f"end of {workers}")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_makes_the_published_files(tmp_path):
-    """In a copy of the folder, because the script writes below its own."""
+def test_the_script_makes_the_published_files(tmp_path, monkeypatch):
+    """In a copy of the folder, because the script writes below its own. Its commands run in this process."""
     shutil.copytree(REPO / "orders", tmp_path / "orders", ignore=shutil.ignore_patterns("*generated*"))
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    script = tmp_path / "orders" / "run_lpd_order.sh"
-    subprocess.run([script, "--num_runs", "2"], check=True, cwd="/", capture_output=True)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\necho "$@"\n')
+    python.chmod(0o755)
+    script = [tmp_path / "orders/run_lpd_order.sh", "--num_runs", "2"]
+    printed = subprocess.run(script, check=True, cwd="/", capture_output=True, text=True).stdout
+    monkeypatch.chdir(tmp_path)
+    for line in printed.splitlines():
+        program, *words = line.split()
+        assert program == "orders/run_lpd_order.py"
+        finished(run(*words))
     made = tmp_path / "orders" / "lpd_orders_generated"
     for name, num_tokens, steps in (
         ("res256_steps20_repulsion2", 256, 20),

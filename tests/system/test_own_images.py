@@ -6,7 +6,8 @@ import shlex
 import helpers
 import pytest
 import torch
-from helpers import call_main, finished, picture
+from helpers import call_main, picture
+from processes import REPO, finished, forked
 
 from scripts import own_images
 from util.files import read_json, write_json
@@ -67,11 +68,26 @@ def test_recipe_serves_the_images_and_the_time_that_it_was_made_for(quick, tmp_p
     assert outcome.status == 2 and changes in outcome.err and "give another OUTPUT" in outcome.err
 
 
-@pytest.mark.slow
-def test_images_become_samples_and_the_recipe_is_kept(tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """16 tokens and small models; steps are timed once; the programs are forked."""
+    tokenizer, lpd = own_images.choose(18, torch.device("cpu"))
+    tokenizer |= {"img_size": 32, "vocab_size": 64, "z_channels": 32, "multipliers": (1, 1, 1, 1)}
+    lpd |= {"model": "lpd_micro"}
+    for flags in (tokenizer, lpd):
+        flags["batch_size"] = 6
     timed = own_images.seconds
+
+    def run_program(line):
+        return finished(forked(REPO / line[0], *line[1:])).status
+
+    monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
+    monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
     monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: timed(step, device, least=0))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(own_images, "run_program", run_program)
+
+
+def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path, monkeypatch):
     words = helpers.images(), tmp_path, "--device", "cpu", "--minutes", "0.1"
     out = finished(call_main(own_images.main, *words)).out
     assert "loss: " in out and "held-out images" in out

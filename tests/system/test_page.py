@@ -15,6 +15,7 @@ import urllib.request
 
 import helpers
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -30,8 +31,8 @@ PATIENCE = 180  # seconds for one event on a busy machine
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """(address, log file) of the page with the shipped weights, in a process of its own."""
-    log, port = tmp_path_factory.mktemp("page") / "log", helpers.free_port()
-    argv = [sys.executable, helpers.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
+    log, port = tmp_path_factory.mktemp("page") / "log", processes.free_port()
+    argv = [sys.executable, processes.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["GRADIO_TEMP_DIR"] = str(log.parent / "uploads")
     with log.open("w") as out:
@@ -183,7 +184,7 @@ def test_port_in_use_is_reported_in_one_line():
 )
 def test_wrong_flag_is_reported_in_one_line(flags, message):
     if "--port" not in flags:
-        flags = ("--port", helpers.free_port(), *flags)
+        flags = ("--port", processes.free_port(), *flags)
     outcome = helpers.call_main(app.main, *flags)
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert message in outcome.err

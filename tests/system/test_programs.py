@@ -6,10 +6,12 @@ import shutil
 
 import helpers
 import numpy as np
+import processes
 import pytest
 import torch
-from helpers import CLASSES, ON_CPU, SIZE, call, contents, finished, picture, sample_flags, train_flags
+from helpers import CLASSES, ON_CPU, SIZE, call, contents, picture, sample_flags, train_flags
 from PIL import Image
+from processes import finished
 
 from models.lpd import LPD
 from models.weights import read_pth, save_weights
@@ -46,7 +48,7 @@ def test_programs_lead_from_images_to_samples(tmp_path):
     (tmp_path / "data").symlink_to(helpers.images())
 
     def start(program, words):
-        return finished(helpers.start(program, *words.split(), *ON_CPU, cwd=tmp_path))
+        return finished(processes.start(program, *words.split(), *ON_CPU, cwd=tmp_path))
 
     small = "--base_width 32 --multipliers 1 2 2 --num_res_blocks 1 --z_channels 32 --vocab_size 64"
     flags = f"--data_path data --img_size 16 {small} --code_dim 4 --epochs 1 --batch_size 6 --output_dir vq"

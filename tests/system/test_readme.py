@@ -7,7 +7,8 @@ import shlex
 
 import numpy as np
 import pytest
-from helpers import ON_CPU, REPO, call, finished, picture
+from helpers import ON_CPU, call, picture
+from processes import REPO, finished
 
 from models.lpd import LPD
 from models.vqgan import VQModel

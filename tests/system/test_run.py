@@ -13,7 +13,7 @@ from argparse import ArgumentTypeError
 
 import helpers
 import pytest
-from helpers import REPO
+from processes import REPO
 
 from scripts.cli import job, run
 from scripts.cli.attempt import MAX_LOST, Attempt, records

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPO, call_main
+from helpers import call_main
 from PIL import Image
+from processes import REPO
 
 from scripts import sweep
 from scripts.data import fashion_mnist

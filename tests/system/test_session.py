@@ -4,8 +4,8 @@ import json
 import threading
 from dataclasses import replace
 
-import helpers
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -165,7 +165,7 @@ def test_error_in_the_worker_reaches_the_caller():
         list(Worker().stream(make))
 
 
-NOTEBOOK = helpers.REPO / "demo" / "lpd.ipynb"
+NOTEBOOK = processes.REPO / "demo" / "lpd.ipynb"
 
 
 def test_notebook_runs_top_to_bottom(tmp_path):
@@ -176,6 +176,6 @@ def test_notebook_runs_top_to_bottom(tmp_path):
     first = "import matplotlib\n\nmatplotlib.use('Agg')\n"
     last = "print('pictures:', len(plt.get_fignums()))\n"
     (tmp_path / "notebook.py").write_text("\n\n".join([first, *code, last]))
-    outcome = helpers.finished(helpers.python(tmp_path / "notebook.py", cwd=tmp_path))
+    outcome = processes.finished(processes.forked(tmp_path / "notebook.py", cwd=tmp_path))
     assert "kept tokens unchanged: True" in outcome.out
     assert "pictures: 12\n" in outcome.out

@@ -4,7 +4,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ON_CPU, SIZE, call, finished, torchrun
+from helpers import ON_CPU, SIZE, call
+from processes import finished, torchrun
 
 import main_stats
 from engine.evaluate import save_image_npz

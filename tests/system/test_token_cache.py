@@ -9,9 +9,11 @@ import signal
 
 import helpers
 import numpy as np
+import processes
 import pytest
 import torch
-from helpers import SIZE, TRAIN, VAL, cache_flags, call, contents, finished
+from helpers import SIZE, TRAIN, VAL, cache_flags, call, contents
+from processes import finished
 
 import engine.cache
 from engine.cache import encode_views
@@ -94,7 +96,7 @@ def test_cache_of_one_folder_is_split_as_the_folder_is(tmp_path):
 
 
 def test_two_processes_make_the_same_cache_as_one(tmp_path):
-    outcome = finished(helpers.torchrun(2, "cache", *cache_flags(tmp_path / "cache")))
+    outcome = finished(processes.torchrun(2, "cache", *cache_flags(tmp_path / "cache")))
     assert outcome.out.count(f"{TRAIN} images, 3 shards") == 1
     assert contents(tmp_path / "cache") == contents(helpers.token_cache())
 
@@ -115,7 +117,7 @@ main_cache.main(sys.argv[1:])
 
 def test_killed_run_started_again_encodes_only_the_missing_shards(tmp_path, monkeypatch):
     """The kill falls between the tokens and the labels of the second of three shards."""
-    killed = helpers.python("-c", KILL_IN_SECOND_SHARD, *cache_flags(tmp_path / "cache"))
+    killed = processes.forked("-c", KILL_IN_SECOND_SHARD, *cache_flags(tmp_path / "cache"))
     assert killed.status == -signal.SIGKILL
     train = helpers.train_flags(tmp_path / "run", cached_path=tmp_path / "cache")
     refused(call("lpd", *train), "1 of 3 shards")

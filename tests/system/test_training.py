@@ -5,9 +5,11 @@ import signal
 
 import helpers
 import numpy as np
+import processes
 import pytest
 import torch
-from helpers import ALONE, CONFIG, MODEL, call, contents, finished, four_images, same, torchrun, train_flags
+from helpers import ALONE, CONFIG, MODEL, call, contents, four_images, same, train_flags
+from processes import finished, torchrun
 
 import engine.train
 from engine.checkpoint import LAST, PREVIOUS, checkpoint_of, load_checkpoint, save_checkpoint
@@ -87,11 +89,11 @@ main_lpd.main(sys.argv[1:])
 def test_killed_run_resumes_by_the_same_command_to_the_same_files(tmp_path):
     """Checkpoints after steps 3 and 5 of 9, so step 6 is taken twice. Dropout is on."""
     flags = {"epochs": 2, "save_last_freq": 0.5, "ema": 0.9}
-    killed = helpers.python("-c", KILLED_IN_SEVENTH_STEP, *train_flags(tmp_path / "run", **flags))
+    killed = processes.forked("-c", KILLED_IN_SEVENTH_STEP, *train_flags(tmp_path / "run", **flags))
     assert killed.status == -signal.SIGKILL
     assert read_pth(tmp_path / "run" / LAST)["step"] == 5
     assert not (tmp_path / "run/lpd.safetensors").exists()
-    finished(helpers.start("lpd", *train_flags(tmp_path / "run", **flags)))
+    finished(processes.start("lpd", *train_flags(tmp_path / "run", **flags)))
     finished(call("lpd", *train_flags(tmp_path / "undisturbed", **flags)))
     assert same(final_state(tmp_path / "run"), final_state(tmp_path / "undisturbed"))
 

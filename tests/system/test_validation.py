@@ -8,7 +8,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, CONFIG, call, finished, picture, tokenizer_flags, torchrun, train_flags
+from helpers import ALONE, CONFIG, call, picture, tokenizer_flags, train_flags
+from processes import finished, torchrun
 
 from engine.checkpoint import LAST, recorded_settings
 from engine.data import ImageStream

@@ -11,9 +11,11 @@ from dataclasses import replace
 
 import helpers
 import numpy as np
+import processes
 import pytest
 import torch
-from helpers import call, finished
+from helpers import call
+from processes import finished
 from safetensors.torch import save, save_file
 
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig, resize_pos_embed
@@ -278,7 +280,7 @@ def test_programs_take_names_from_the_hub(cache, tmp_path):
         "lpd_order_file": "hf://owner/lpd/o.npy",
     }
     finished(call("sample", *helpers.sample_flags(tmp_path / "a", lpd_order_file=snapshot / "o.npy")))
-    finished(helpers.start("sample", *helpers.sample_flags(tmp_path / "b", **names)))
+    finished(processes.start("sample", *helpers.sample_flags(tmp_path / "b", **names)))
     images = [helpers.contents(tmp_path / run / "images_4_steps") for run in "ab"]
     assert images[0] == images[1] and len(images[0]) == 3
 
