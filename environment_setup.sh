@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes the Python environment of LPD and puts this repository on its path. Quick if nothing has changed.
-#   bash environment_setup.sh [--dev] [--app] [ENV]
+#   bash environment_setup.sh [--dev] [--app] [--oldest] [ENV]
 # With a name ENV, and conda installed: a conda environment of that name. Otherwise a virtual environment in
-# .venv of this repository. --dev adds the packages for the tests, --app those for the page; PYTHON=... selects
-# the Python (3.10 or later).
+# .venv of this repository. --dev adds the packages for the tests, --app those for the page; --oldest makes
+# .venv-oldest, with the oldest versions that requirements.txt admits; PYTHON=... selects the Python (3.10 or
+# later).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -30,22 +31,22 @@ find_python() { # sets python
 }
 
 make_venv() {
-    "$python" -m venv --clear .venv && return
+    "$python" -m venv --clear "$venv" && return
     # Debian has venv's pip in a separate package.
     if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
         echo "installing Debian's python3-venv"
         { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv; } >/dev/null &&
-            "$python" -m venv --clear .venv && return
+            "$python" -m venv --clear "$venv" && return
     fi
     failure "$python cannot make a virtual environment: install its venv module (Debian: python3-venv)"
 }
 
 setup_venv() { # sets prefix
-    prefix=$PWD/.venv
+    prefix=$PWD/$venv
     local inside=$prefix/bin/python
     if [[ -x $inside ]] && recent "$inside" && "$inside" -m pip --version >/dev/null 2>&1; then return; fi
-    if [[ -e $prefix ]]; then echo ".venv does not work: making it again"; fi
-    echo "making the virtual environment .venv with Python $(version_of "$python")"
+    if [[ -e $prefix ]]; then echo "$venv does not work: making it again"; fi
+    echo "making the virtual environment $venv with Python $(version_of "$python")"
     make_venv
 }
 
@@ -60,15 +61,21 @@ setup_conda() { # sets prefix
 }
 
 install() { # A copy of each installed file stays in the environment, so nothing is installed twice.
-    local file
+    local file new=() flags=()
     mkdir -p "$prefix/lpd"
     for file in "$@"; do
-        if cmp -s "$file" "$prefix/lpd/$file"; then continue; fi
-        echo "installing $file (with torch this is several GB: a few minutes)"
-        "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore -r "$file" ||
-            failure "installing $file into $prefix failed: run this again to resume"
-        cp "$file" "$prefix/lpd/$file"
+        if ! cmp -s "$file" "$prefix/lpd/$file"; then new+=("$file") flags+=(-r "$file"); fi
     done
+    if [[ -z ${new[*]} ]]; then return; fi
+    if [[ $venv == .venv-oldest ]]; then
+        sed -n '/^#/!s/>=/==/p' requirements.txt >"$prefix/lpd/oldest.txt"
+        flags+=(-c "$prefix/lpd/oldest.txt")
+    fi
+    echo "installing ${new[*]} (with torch this is several GB: a minute or more)"
+    # Not compiled: that takes as long again, and of most modules nobody ever imports one.
+    "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore --no-compile \
+        "${flags[@]}" || failure "installing ${new[*]} into $prefix failed: run this again to resume"
+    cp "${new[@]}" "$prefix/lpd/"
 }
 
 add_to_path() { # so that the programs import the repository's modules from any folder
@@ -78,13 +85,15 @@ add_to_path() { # so that the programs import the repository's modules from any 
 }
 
 files=(requirements.txt)
+venv=.venv
 name=
 for arg in "$@"; do
     case $arg in
         --dev) files+=(requirements-dev.txt) ;;
         --app) files+=(requirements-app.txt) ;;
+        --oldest) venv=.venv-oldest ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit ;;
-        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [--app] [ENV]" ;;
+        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [--app] [--oldest] [ENV]" ;;
         *)
             if [[ -n $name ]]; then usage_error "one name at most: $name, $arg"; fi
             name=$arg
@@ -96,7 +105,7 @@ if [[ -n $name ]] && command -v conda >/dev/null; then
     setup_conda "$name"
     use="conda activate $name"
 else
-    if [[ -n $name ]]; then echo "no conda: using .venv instead of $name"; fi
+    if [[ -n $name ]]; then echo "no conda: using $venv instead of $name"; fi
     find_python
     setup_venv
     use="source $prefix/bin/activate"

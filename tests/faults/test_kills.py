@@ -4,7 +4,6 @@ import pytest
 from faults.kills import JOBS, survive
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_job_started_again_leaves_the_same_files(job, tmp_path):
     if job == "evaluation":

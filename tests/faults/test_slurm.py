@@ -26,7 +26,7 @@ from scripts.cli.attempt import records
 from util.files import read_json
 from util.logging import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 ON_TWO = ["-N", 2, "--time", 600, "--grace", 30, *TRAIN, "--epochs", EPOCHS]
 
 

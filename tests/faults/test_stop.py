@@ -283,7 +283,6 @@ cli.run(lambda: main_tokenizer.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.slow
 def test_tokenizer_resumed_on_three_processes_has_the_weights_of_an_undisturbed_one(tmp_path):
     """Two would not do: their sums do not depend on the order. The model takes several of DDP's buckets."""
     (tmp_path / "train.py").write_text(STOPPED)

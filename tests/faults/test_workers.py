@@ -79,7 +79,6 @@ def flags_of(program, out):
     }[program]()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("program", ["stats", "cache", "tokenizer", "lpd"])
 def test_program_ended_while_it_reads_leaves_no_worker(program, tmp_path):
     """Reading never ends in caching and statistics, which end by themselves; training ends after a step."""
@@ -93,7 +92,6 @@ def test_program_ended_while_it_reads_leaves_no_worker(program, tmp_path):
         assert_nothing_outlives(process, number, log, images=1)
 
 
-@pytest.mark.slow
 def test_training_saves_and_ends_when_its_launcher_is_killed(tmp_path):
     launcher = processes.background(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPO / "main_lpd.py",

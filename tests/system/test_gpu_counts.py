@@ -22,7 +22,6 @@ def run(program, *flags):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes():
     """lpd_l at 256 px, 20 steps, with guidance: 24 layers x 20 steps x 7 kernels are 3,360."""
@@ -34,7 +33,6 @@ def test_compiled_generation_keeps_its_budget_of_kernels_and_bytes():
     assert large["batch"] == 64 and large["parts"]["before the decoder"]["gigabytes"] <= 190
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_every_training_script_fits_a_gpu_of_80_gb():
     rows = [json.loads(line) for line in run("count_training.py").splitlines()]
@@ -42,7 +40,6 @@ def test_every_training_script_fits_a_gpu_of_80_gb():
     assert all(row["kept_gb"] > 20 and row["all_gb"] < 80 for row in rows)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(not PTXAS, reason="ptxas is not here: it comes with Triton's wheels for NVIDIA")
 def test_the_kernels_of_decoding_and_training_compile_for_an_h100():

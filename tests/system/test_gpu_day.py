@@ -50,7 +50,6 @@ def test_a_piece_that_fails_is_named_and_leaves_no_result(tmp_path, monkeypatch)
     assert call_main(gpu_day.main, "dance").status == 2
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_rehearsal_of_one_piece_of_each_kind(tmp_path):
     """The programs themselves, as on the GPU but for their sizes."""

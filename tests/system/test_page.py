@@ -88,7 +88,6 @@ def finished_picture(tab, name, start):
     )
 
 
-@pytest.mark.slow
 def test_page_names_its_weights_and_another_seed_gives_another_image(tab):
     tab.get_by_text("fashion_mnist/lpd.safetensors: 3.3 million parameters").wait_for()
     first = finished_picture(tab, "generated", "#generate")
@@ -99,7 +98,6 @@ def test_page_names_its_weights_and_another_seed_gives_another_image(tab):
     assert (first != second).any()
 
 
-@pytest.mark.slow
 def test_painted_area_is_generated_as_another_class(tab):
     before = finished_picture(tab, "generated", "#generate").astype(int)
     tab.get_by_role("tab", name="Edit").click()
@@ -119,7 +117,6 @@ def test_painted_area_is_generated_as_another_class(tab):
     assert np.abs(before[half:] - after[half:]).max() > 50
 
 
-@pytest.mark.slow
 def test_bad_upload_gives_a_message_and_no_traceback(tab, page, tmp_path):
     (tmp_path / "words.png").write_text("no image")
     tab.get_by_role("tab", name="Edit").click()
@@ -130,14 +127,12 @@ def test_bad_upload_gives_a_message_and_no_traceback(tab, page, tmp_path):
     assert "Traceback" not in page[1].read_text()
 
 
-@pytest.mark.slow
 def test_edit_without_a_picture_gives_a_message(tab):
     tab.get_by_role("tab", name="Edit").click()
     tab.click("#edit")
     tab.get_by_text("there is no picture yet").wait_for()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("megabytes, status", [(7, 200), (9, 413)])
 def test_uploads_are_limited_to_eight_megabytes(page, megabytes, status):
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
@@ -151,7 +146,6 @@ def test_uploads_are_limited_to_eight_megabytes(page, megabytes, status):
     assert answer.status == status
 
 
-@pytest.mark.slow
 def test_page_listens_on_no_other_address(page):
     port = int(page[0].rpartition(":")[2])
     with pytest.raises(ConnectionRefusedError):

@@ -212,9 +212,9 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *sysconfig*) mkdir -p site && echo "$PWD/site" ;;
     -c*) echo "$FAKE_VERSION" ;;
-    "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
     "-m pip --version") ;;
-    "-m pip install"*) echo "${@: -1}" >>pip.log; exit "${FAKE_PIP_STATUS:-0}" ;;
+    "-m pip install"*) echo "${*#*--no-compile }" >>pip.log; exit "${FAKE_PIP_STATUS:-0}" ;;
     *) exit 9 ;;
 esac
 """
@@ -235,7 +235,7 @@ def checkout(tmp_path):
 
     def installed():
         log = tmp_path / "pip.log"
-        return log.read_text().split() if log.exists() else []
+        return log.read_text().splitlines() if log.exists() else []
 
     return tmp_path, setup, installed
 
@@ -250,13 +250,22 @@ def test_setup_refuses_an_old_python_and_wrong_arguments(checkout):
 
 def test_setup_installs_once_and_again_what_changed(checkout):
     folder, setup, installed = checkout
-    assert setup().returncode == 0 and installed() == ["requirements.txt"]
+    assert setup().returncode == 0 and installed() == ["-r requirements.txt"]
     assert (folder / "site/lpd.pth").read_text() == f"{folder}\n"
     assert setup("--dev").returncode == 0 and setup("--dev").returncode == 0
-    assert installed() == ["requirements.txt", "requirements-dev.txt"]
-    (folder / "requirements.txt").write_text("torch\n")
+    assert installed() == ["-r requirements.txt", "-r requirements-dev.txt"]
+    (folder / "requirements.txt").write_text("torch>=2.6\n")
     assert setup("--app").returncode == 0
-    assert installed()[2:] == ["requirements.txt", "requirements-app.txt"]
+    assert installed()[2:] == ["-r requirements.txt -r requirements-app.txt"]
+
+
+def test_setup_of_the_oldest_versions_has_a_place_of_its_own(checkout):
+    folder, setup, installed = checkout
+    (folder / "requirements.txt").write_text("# a reason: x>=1\ntorch>=2.6\ntimm==1.0.9\n")
+    assert setup("--oldest").returncode == 0 and not (folder / ".venv").exists()
+    oldest = folder / ".venv-oldest/lpd/oldest.txt"
+    assert installed() == [f"-r requirements.txt -c {oldest}"]
+    assert oldest.read_text() == "torch==2.6\n"
 
 
 def test_setup_resumes_after_a_failed_install_and_replaces_a_broken_venv(checkout):
@@ -265,7 +274,7 @@ def test_setup_resumes_after_a_failed_install_and_replaces_a_broken_venv(checkou
     result = setup(FAKE_PIP_STATUS="1")
     assert ".venv does not work: making it again" in result.stdout
     assert result.returncode == 1 and "installing requirements.txt" in result.stderr
-    assert setup().returncode == 0 and installed() == ["requirements.txt"] * 2
+    assert setup().returncode == 0 and installed() == ["-r requirements.txt"] * 2
 
 
 # Fashion-MNIST
