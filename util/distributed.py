@@ -66,8 +66,8 @@ def finish():
 
 
 def leave(status):
-    """End this process with an exit status. A member of a process group ends at once: without leaving the group,
-    which may wait for lost peers, and without the interpreter's end, which the group's threads could abort."""
+    """End this process with an exit status; a member of a process group at once: it neither leaves the group,
+    which may wait for lost peers, nor lets the interpreter end, which the group's threads could abort."""
     if not torch.distributed.is_initialized():
         sys.exit(status)
     atexit._run_exitfuncs()

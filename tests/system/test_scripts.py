@@ -214,7 +214,7 @@ case "$*" in
     -c*) echo "$FAKE_VERSION" ;;
     "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
     "-m pip --version") ;;
-    "-m pip install"*) echo "${*#*--no-compile }" >>pip.log; exit "${FAKE_PIP_STATUS:-0}" ;;
+    "-m pip install"*) words=$*; echo "${words#*--no-compile }" >>pip.log; exit "${FAKE_PIP_STATUS:-0}" ;;
     *) exit 9 ;;
 esac
 """
