@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import connection, forkserver
@@ -180,10 +180,11 @@ def agent(count, *words):
 
 
 def free_port():
-    """A port of this machine that nothing listens to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that nothing listens to, and that stays free: the kernel chooses none below 20000 by itself, and
+    other processes of the tests begin at another number."""
+    for port in range(10000 + os.getpid() % 9000, 20000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 # Processes that run.

@@ -249,10 +249,11 @@ cli.run(lambda: main_lpd.main(sys.argv[2:]))
     ],
 )
 def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, line, tmp_path):
-    """Within a minute: the agent asks the others to end, and kills them after half a minute."""
+    """The agent asks the others to end, and kills them after half a minute; they need not wait for their own
+    limit, which is ten."""
     (tmp_path / "train.py").write_text(DYING)
     outcome = processes.agent(2, tmp_path / "train.py", how, *train_flags(tmp_path / "run", batch_size=2))
-    assert time.time() - float((tmp_path / "when").read_text()) < 60
+    assert time.time() - float((tmp_path / "when").read_text()) < 300
     assert outcome.status == status
     assert outcome.err.count(line) == 1
     assert len(re.findall(r"(?:^|\]: )\w*[Ee]rror: ", outcome.err, re.M)) == 1, outcome.err
@@ -300,11 +301,11 @@ def test_tokenizer_resumed_on_three_processes_has_the_weights_of_an_undisturbed_
 # Two runs in one folder; the lock itself is tested in tests/system/test_files.py.
 
 HOLD = """
-import sys, time
+import signal, sys
 from util.files import sole_writer
 with sole_writer(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    signal.pause()
 """
 
 

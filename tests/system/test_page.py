@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -18,6 +17,7 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
+from processes import WAIT, wait_for
 
 pytest.importorskip("gradio", reason="needs requirements-app.txt: bash environment_setup.sh --app")
 
@@ -25,7 +25,6 @@ from demo import app  # noqa: E402
 from demo.session import Session  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 180  # seconds for one event on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +37,12 @@ def page(tmp_path_factory):
     with log.open("w") as out:
         server = subprocess.Popen([*map(str, argv)], stdout=out, stderr=out, env=environment, cwd=log.parent)
     try:
-        start = time.monotonic()
-        while "Running on" not in log.read_text():
-            assert server.poll() is None and time.monotonic() < start + PATIENCE, log.read_text()
-            time.sleep(0.2)
+        wait_for(lambda: server.poll() is not None or "Running on" in log.read_text(), "the page")
+        assert server.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}", log
     finally:
         server.terminate()
-        server.wait(PATIENCE)
+        server.wait(WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def chromium():
 def tab(chromium, page):
     """The page, loaded in a browser tab."""
     tab = chromium.new_page(viewport={"width": 1280, "height": 800})
-    tab.set_default_timeout(1000 * PATIENCE)
+    tab.set_default_timeout(1000 * WAIT)
     tab.goto(page[0])
     yield tab
     tab.close()
@@ -140,7 +137,7 @@ def test_uploads_are_limited_to_eight_megabytes(page, megabytes, status):
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(f"{page[0]}/gradio_api/upload", body, kind)
     try:
-        answer = urllib.request.urlopen(request, timeout=PATIENCE)
+        answer = urllib.request.urlopen(request, timeout=WAIT)
     except urllib.error.HTTPError as refusal:
         answer = refusal
     assert answer.status == status

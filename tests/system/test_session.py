@@ -9,12 +9,12 @@ import processes
 import pytest
 import torch
 from PIL import Image
+from processes import WAIT
 
 from demo.session import Request, Session, Worker, edit, generate
 from engine.generate import generate_images, resolve_settings
 
 REQUEST = Request(label=1, images=2, steps=4, order="lpd", guidance=2.0, temperature=1.0, seed=3)
-PATIENCE = 30  # seconds for a thread to come, on a busy machine
 
 
 @pytest.fixture
@@ -128,14 +128,14 @@ def test_worker_makes_one_picture_at_a_time():
         making.pop()
 
     def visit():
-        begin.wait(PATIENCE)
+        begin.wait(WAIT)
         assert list(worker.stream(make)) == [{"step": 1}]
 
     visitors = [threading.Thread(target=visit) for _ in range(4)]
     for visitor in visitors:
         visitor.start()
     for visitor in visitors:
-        visitor.join(PATIENCE)
+        visitor.join(WAIT)
     assert most == [1, 1, 1, 1]
 
 
@@ -144,7 +144,7 @@ def test_closed_stream_cancels_its_picture():
 
     def make(show):
         show(step=1)
-        assert closed.wait(PATIENCE)
+        assert closed.wait(WAIT)
         show()
         ended.append("finished")
 
