@@ -1,5 +1,7 @@
 """How a member of a process group ends: none of the group's threads is left to abort the interpreter."""
 
+import signal
+
 import helpers
 import processes
 import pytest
@@ -41,13 +43,39 @@ PROGRAMS = {
 }
 
 
-def alone(*words, **variables):
-    """The Outcome of a program in a new interpreter, as a process group of one that counts what it leaves."""
-    with processes.group(1) as (place,):
-        return processes.python("-c", COUNTING, *words, **place, **variables)
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_leaves_no_thread_of_its_process_group_to_the_interpreter(program, tmp_path):
-    outcome = alone(REPO / program.split()[0], *PROGRAMS[program](tmp_path))
+    """A group of one has the same threads."""
+    flags = PROGRAMS[program](tmp_path)
+    with processes.group(1) as (place,):
+        outcome = processes.python("-c", COUNTING, REPO / program.split()[0], *flags, **place)
     assert outcome.status == 0 and "left: []" in outcome.err, outcome
+
+
+ENDING = """
+import atexit, os, signal, sys
+from util import cli, distributed
+class Last:
+    def __del__(self):
+        os.write(2, b"the interpreter ends")
+last = Last()
+atexit.register(print, " atexit", end="")
+def main():
+    distributed.init("cpu")
+    print("buffered", end="")
+    raise {error}
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        ("cli.UsageError('no such flag')", 2, "error: no such flag\n"),
+        ("distributed.Stopped(signal.SIGTERM, 'so')", 128 + signal.SIGTERM, "stopped: SIGTERM: so\n"),
+    ],
+)
+def test_member_that_ends_early_flushes_but_leaves_the_interpreter_out(error, status, line):
+    with processes.group(1) as (place,):
+        outcome = processes.python("-c", ENDING.format(error=error), **place)
+    assert outcome == processes.Outcome(status, "buffered atexit", line)

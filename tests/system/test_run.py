@@ -155,7 +155,7 @@ def test_command_that_ignores_the_signal_is_killed_with_its_children():
     script = f"setsid {nap} & echo ready; {nap}"
     status, received, _ = signalled(["bash", "-c", script], signal.SIGUSR2, patience=1)
     assert (status, received) == (128 + signal.SIGKILL, signal.SIGUSR2)
-    wait_for(lambda: subprocess.run(["pgrep", "-fx", nap], stdout=subprocess.DEVNULL).returncode == 1, "an end")
+    wait_for(lambda: subprocess.run(["pgrep", "-fx", nap]).returncode == 1, "end of the children")
 
 
 # On a machine of a SLURM job, with a stand-in for SLURM.
