@@ -85,10 +85,26 @@ def gather_objects(value):
     return values
 
 
+def once(make):
+    """What `make()` returns, or raises, on the first process; on all of them."""
+    if not torch.distributed.is_initialized():
+        return make()
+    made = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    torch.distributed.broadcast_object_list(made)
+    if made[1]:
+        raise made[1]
+    return made[0]
+
+
 def say(message, file=None):
-    """Print a line, once among all processes."""
+    """Print a line, once among all processes; of names that are no text, the bytes as escapes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(message, file=file, flush=True)
+        print(message.encode(errors="backslashreplace").decode(), file=file, flush=True)
 
 
 def warn(message):

@@ -1,24 +1,33 @@
-"""Folders of images: their classes and names, what is left out, and which images are held out of training."""
+"""Folders of images: their classes and names, what is left out, and which images are held out of training.
+
+Everything that lies in a folder is either used or named with the reason.
+"""
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 import numpy as np
 from tqdm import tqdm
 
-from util.distributed import gather_objects, warn
+from util.distributed import gather_objects, once, warn
 from util.images import EXTENSIONS, Reading, image_loader, in_order
 
 VAL_FRACTION = 0.05  # held out where there is no val folder and nothing else is said
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+# What parts of a data set are called: the last word of a folder's name, as in Val or ILSVRC2012_img_train.
+PARTS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+PARTS |= {name: name for name in ("train", "val", "test")}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
     """An ImageNet-style folder: one sub-folder per class, labels in sorted order of their names.
 
-    `names` are relative paths, sorted; `labels` int64 [N], one for each name. `left_out` says which
-    sub-folders are no classes, and why.
+    `names` are relative paths, sorted; `labels` int64 [N], one for each name. `left_out` says what else lies
+    there, and why it is not used.
     """
 
     root: Path
@@ -37,88 +46,217 @@ class ImageFolder:
         return replace(self, names=names, labels=self.labels[chosen])
 
 
-def _hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+# What lies in a folder, whatever it means.
 
 
-def _images_below(root, class_name):
-    """Sorted names, relative to `root`, of the images of a class, at any depth."""
-    names = (path.relative_to(root) for path in (root / class_name).rglob("*") if path.is_file())
-    return sorted(
-        name.as_posix() for name in names
-        if name.suffix.lower() in EXTENSIONS and not any(map(_hidden, name.parts))
-    )
+@dataclass(frozen=True)
+class Listing:
+    """What lies below `root`. `images`: folder -> names of the images directly in it; `unusable`: (path,
+    reason) of all else. Paths are relative, with slashes; "" is the root."""
+
+    root: Path
+    images: dict[str, list[str]]
+    unusable: list[tuple[str, str]]
+
+    def inside(self):
+        """Folder -> the names of those in it that hold images, at any depth."""
+        found = {"": set()}
+        for folder, names in self.images.items():
+            while names and folder:
+                folder, _, name = folder.rpartition("/")
+                found.setdefault(folder, set()).add(name)
+        return found
+
+    def below(self, folder):
+        """The images of one of the folders, as a Listing of its own."""
+        inner = {path[len(folder) + 1 :]: names for path, names in self.images.items()
+                 if f"{path}/".startswith(f"{folder}/")}
+        return Listing(self.root / folder, inner, [])
+
+    def apart(self):
+        """(path, reason) of what lies directly in the root and not in a class."""
+        empty = {folder.split("/")[0] for folder in self.images} - self.inside()[""] - {""}
+        return [(n, "no images") for n in empty] + [(n, "in no class folder") for n in self.images[""]]
 
 
-def list_images(root, reading=Reading(), class_names=None):
-    """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
+def list_files(root, endings=EXTENSIONS):
+    """The `Listing` of a folder, made in one pass by one of the processes. Links are followed."""
+    images, unusable, waiting = {}, [], [("", ())]
+    while waiting:
+        folder, above = waiting.pop()
+        place = os.path.realpath(root / folder)
+        if place in above:
+            unusable.append((folder, "leads back to a folder above"))
+            continue
+        images[folder] = []
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}".lstrip("/")
+                if reason := _why_unusable(entry, endings):
+                    unusable.append((path, reason))
+                elif entry.is_dir():
+                    waiting.append((path, (*above, place)))
+                else:
+                    images[folder].append(entry.name)
+    return Listing(root, images, unusable)
 
-    With `class_names`, labels are places in that list, and other classes are left out.
+
+def _why_unusable(entry, endings):
+    if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+        return "hidden"
+    if entry.is_dir():
+        return ""
+    if not entry.is_file():
+        return "broken link" if entry.is_symlink() else "no file"
+    ending = PurePath(entry.name).suffix.lower()
+    return "" if ending in endings else ending or "no ending"
+
+
+# What it means: the parts of a data set, and classes.
+
+
+def _parts(inside, folder=""):
+    """train, val, test -> the folders called so in a folder, if that is a data set: if there are two kinds of
+    them, or one holds folders. Else empty."""
+    parts = {}
+    for name in sorted(inside.get(folder, ())):
+        words = re.findall("[a-z]+", name.lower())
+        if words and words[-1] in PARTS:
+            parts.setdefault(PARTS[words[-1]], []).append(name)
+    nested = any(f"{folder}/{name}".lstrip("/") in inside for names in parts.values() for name in names)
+    return parts if nested or len(parts) > 1 else {}
+
+
+def _train_and_val(listing):
+    """The names of the folders to train on and to hold out; empty for what is not there.
 
     Raises:
-        ValueError: no sub-folders, or no images in them.
+        ValueError: parts of a data set without one to train on, or it is unclear what is a part.
     """
-    root = Path(root)
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    classes = [name for name in found if not _hidden(name)]
-    if not classes:
+    root, inside = listing.root, listing.inside()
+    if not (parts := _parts(inside)):
+        return "", ""
+    if "train" not in parts:
+        found = ", ".join(sorted(inside[""]))
+        raise ValueError(f"{root} holds {found} and no train: give the folder that is meant")
+    train, val = parts["train"], parts.get("val", [""])
+    for names in (train, val):
+        if len(names) > 1:
+            raise ValueError(f"{root} holds {' and '.join(names)}: only one of them can be used")
+    others = sorted(inside[""] - {*train})
+    if others and len(parts) == 1:
+        raise ValueError(
+            f"{root} holds {others[0]} beside {train[0]}, which has folders: give {root / train[0]} if these "
+            f"are the classes; if {train[0]} is a class, put its images directly into it"
+        )
+    return train[0], val[0]
+
+
+def _in_classes(listing, reading, class_names=None):
+    """The `ImageFolder` of a listing, and (path, reason) of the images that are not in it."""
+    by_class = {}
+    for folder, names in listing.images.items():
+        by_class.setdefault(folder.split("/")[0], []).extend(f"{folder}/{name}" for name in names)
+    found = sorted(name for name, images in by_class.items() if name and images)
+    if class_names is None:
+        _check_classes(listing)
+        class_names = tuple(found)
+    images = [sorted(by_class.get(name, ())) for name in class_names]
+    labels = np.repeat(np.arange(len(images)), [len(names) for names in images])
+    names = tuple(name for names in images for name in names)
+    unused = [(name, "no such class") for name in found if name not in class_names]
+    return ImageFolder(listing.root, class_names, names, labels, reading), listing.apart() + unused
+
+
+def _check_classes(listing):
+    """Refuse a listing without classes, or with folders that are none."""
+    root, inside = listing.root, listing.inside()
+    if count := len({folder.split("/")[0] for folder in listing.images} - {""}):
+        if not inside[""]:
+            raise ValueError(f"{root} has {count} class sub-folders but no images in them")
+    else:
         raise ValueError(f"{root} has no class sub-folders: images must lie in {root}/CLASS/, one is enough")
-    images = {name: _images_below(root, name) for name in classes}
-    if not any(images.values()):
-        raise ValueError(f"{root} has {len(classes)} class sub-folders but no images in them")
-    known = tuple(name for name in classes if images[name]) if class_names is None else tuple(class_names)
-    left_out = [f"{name} (no class)" for name in found if _hidden(name)]
-    left_out += [f"{name} (no images)" for name in classes if not images[name]]
-    left_out += [f"{name} (no such class)" for name in classes if images[name] and name not in known]
-    listed = [(name, label) for label, class_name in enumerate(known) for name in images.get(class_name, ())]
-    labels = np.array([label for _, label in listed], dtype=np.int64)
-    return ImageFolder(root, known, tuple(name for name, _ in listed), labels, reading, tuple(left_out))
+    for folder in sorted(inside):
+        if parts := _parts(inside, folder):
+            names, meant = ", ".join(sum(parts.values(), [])), root / folder if folder else "one of them"
+            raise ValueError(f"{root / folder} holds {names}, which are no classes: give {meant}")
+    folders = [folder for folder, names in listing.images.items() if names and folder]
+    around = os.path.commonpath(folders)
+    if around and around not in folders:
+        raise ValueError(
+            f"{root} has one class, with its images in {len(folders)} folders in {root / around}: give that "
+            "if these are the classes; if not, put the images of the class into one folder"
+        )
 
 
-# Held-out images.
+def _told(unused):
+    """(path, reason) pairs as a tuple of texts, one for each reason."""
+    by_reason = {}
+    for path, reason in sorted(unused):
+        by_reason.setdefault(reason, []).append(path)
+    more = {reason: f" and {len(paths) - 3} more" * (len(paths) > 3) for reason, paths in by_reason.items()}
+    return tuple(f"{', '.join(paths[:3])}{more[reason]} ({reason})" for reason, paths in by_reason.items())
 
 
-def held_out(names, fraction):
-    """Which images are held out of training, bool [N]: about `fraction` of them, by a hash of the name.
+def list_images(root, reading=Reading(), endings=EXTENSIONS):
+    """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
 
-    Whether an image is held out depends on its class folder and file name (without the suffix) alone.
+    Raises:
+        ValueError: no sub-folders, no images in them, or folders that are no classes.
     """
-    stems = (PurePath(name).with_suffix("").as_posix() for name in names)
-    hashes = [int.from_bytes(hashlib.sha256(stem.encode()).digest()[:4], "big") for stem in stems]
-    return np.array(hashes, dtype=np.uint64) < fraction * 2**32
-
-
-def val_fraction_of(stated, published):
-    """The fraction to hold out: as stated, else VAL_FRACTION, or nothing of data read as published."""
-    return (0.0 if published else VAL_FRACTION) if stated is None else stated
-
-
-def _has_classes(path):
-    return path.is_dir() and any(p.is_dir() and not _hidden(p.name) for p in path.iterdir())
+    listing = once(lambda: list_files(Path(root), endings))
+    folder, unused = _in_classes(listing, reading)
+    return replace(folder, left_out=_told(listing.unusable + unused))
 
 
 def split_folder(path, val_fraction=None, reading=Reading()):
     """The training images of a folder and those held out, two `ImageFolder`s with the same classes.
 
-    These are PATH/train and PATH/val where both have class folders. Otherwise `held_out` splits PATH/train or
-    PATH; `val_fraction` is as in `val_fraction_of`. The second is None if nothing is held out.
+    These are PATH/train and PATH/val (or as PARTS spells them). Where val has no images of train's classes,
+    `held_out` splits PATH/train, or PATH; `val_fraction` is as in `val_fraction_of`. The second is None if
+    nothing is held out.
 
     Raises:
-        ValueError: no classes, no images, or all of them held out.
+        ValueError: no classes, no images, or folders that may be meant in two ways.
     """
-    path = Path(path)
-    split = _has_classes(path / "train")
-    train = list_images(path / "train" if split else path, reading)
-    if split and _has_classes(path / "val"):
-        val = list_images(path / "val", reading, train.class_names)
-        left_out = tuple(f"val/{name}" for name in val.left_out)
-        train = replace(train, left_out=train.left_out + left_out)
-    else:
-        mask = held_out(train.names, val_fraction_of(val_fraction, reading.published))
+    listing = once(lambda: list_files(Path(path), EXTENSIONS))
+    first, second = _train_and_val(listing)
+    train, unused = _in_classes(listing.below(first) if first else listing, reading)
+    val = ()
+    if first:
+        beside = listing.inside()[""] - {first, second}
+        unused = [(f"{first}/{path}", reason) for path, reason in unused] + listing.apart()
+        unused += [(name, f"beside {first}") for name in beside]
+    if second:
+        val, more = _in_classes(listing.below(second), reading, train.class_names)
+        unused += [(f"{second}/{path}", reason) for path, reason in more]
+    train = replace(train, left_out=_told(listing.unusable + unused))
+    if not val:
+        mask = held_out(train.names, train.labels, val_fraction_of(val_fraction, reading.published))
         train, val = train.subset(~mask), train.subset(mask)
-    if not len(train):
-        raise ValueError(f"{path}: all {len(val)} images are held out: lower --val_fraction")
-    return train, val if len(val) else None
+    return train, val or None
+
+
+# Held-out images.
+
+
+def held_out(names, labels, fraction):
+    """Which images are held out of training, bool [N]: about `fraction` of them, by a hash of the name.
+
+    Whether an image is held out depends on its class folder and file name (without the suffix) alone, but for
+    the last image of a class, which is trained on.
+    """
+    stems = (PurePath(name).with_suffix("").as_posix() for name in names)
+    digests = (hashlib.sha256(os.fsencode(stem)).digest() for stem in stems)
+    hashes = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
+    largest = np.zeros(max(labels) + 1, dtype=np.uint64)
+    np.maximum.at(largest, labels, hashes)
+    return (hashes < fraction * 2**32) & (hashes < largest[labels])
+
+
+def val_fraction_of(stated, published):
+    """The fraction to hold out: as stated, else VAL_FRACTION, or nothing of data read as published."""
+    return (0.0 if published else VAL_FRACTION) if stated is None else stated
 
 
 # What is in a folder.
