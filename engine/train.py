@@ -59,13 +59,8 @@ class TrainConfig:
         for name, share in (("warmup_epochs", 1 / 9), ("lr_decay_start_epoch", 8 / 9)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, share * self.epochs)
-        late = [
-            f"--{name} {getattr(self, name)}"
-            for name in phases.get(self.lr_schedule, ["warmup_epochs", "lr_decay_start_epoch"])
-            if getattr(self, name) > self.epochs
-        ]
-        if late:
-            raise ValueError(f"{' and '.join(late)}: more than --epochs {self.epochs}")
+            elif getattr(self, name) > self.epochs and name in phases.get(self.lr_schedule, [name]):
+                raise ValueError(f"--{name} {getattr(self, name)} is more than --epochs {self.epochs}")
 
     @cached_property
     def group_sizes(self):

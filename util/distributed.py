@@ -89,15 +89,15 @@ def once(make):
     """What `make()` returns, or raises, on the first process; on all of them."""
     if not torch.distributed.is_initialized():
         return make()
-    made = [None, None]
+    made = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            made[0] = make()
+            made = [make()]
         except Exception as error:
-            made[1] = error
+            made = [error]
     torch.distributed.broadcast_object_list(made)
-    if made[1]:
-        raise made[1]
+    if isinstance(made[0], Exception):
+        raise made[0]
     return made[0]
 
 

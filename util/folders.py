@@ -46,73 +46,52 @@ class ImageFolder:
         return replace(self, names=names, labels=self.labels[chosen])
 
 
-# What lies in a folder, whatever it means.
+# What lies in a folder: (path, reason) pairs. Paths are relative; the reason says why it is not used, and is
+# empty for an image.
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What lies below `root`. `images`: folder -> names of the images directly in it; `unusable`: (path,
-    reason) of all else. Paths are relative, with slashes; "" is the root."""
-
-    root: Path
-    images: dict[str, list[str]]
-    unusable: list[tuple[str, str]]
-
-    def inside(self):
-        """Folder -> the names of those in it that hold images, at any depth."""
-        found = {"": set()}
-        for folder, names in self.images.items():
-            while names and folder:
-                folder, _, name = folder.rpartition("/")
-                found.setdefault(folder, set()).add(name)
-        return found
-
-    def below(self, folder):
-        """The images of one of the folders, as a Listing of its own."""
-        inner = {path[len(folder) + 1 :]: names for path, names in self.images.items()
-                 if f"{path}/".startswith(f"{folder}/")}
-        return Listing(self.root / folder, inner, [])
-
-    def apart(self):
-        """(path, reason) of what lies directly in the root and not in a class."""
-        empty = {folder.split("/")[0] for folder in self.images} - self.inside()[""] - {""}
-        return [(n, "no images") for n in empty] + [(n, "in no class folder") for n in self.images[""]]
-
-
-def list_files(root, endings=EXTENSIONS):
-    """The `Listing` of a folder, made in one pass by one of the processes. Links are followed."""
-    images, unusable, waiting = {}, [], [("", ())]
-    while waiting:
-        folder, above = waiting.pop()
+def list_files(root, endings):
+    """All that lies below a folder, in one pass. Links are followed."""
+    found, folders = [], [("", ())]
+    for folder, above in folders:  # which grows meanwhile
         place = os.path.realpath(root / folder)
         if place in above:
-            unusable.append((folder, "leads back to a folder above"))
+            found.append((folder, "a link to a folder above it"))
             continue
-        images[folder] = []
         with os.scandir(root / folder) as entries:
             for entry in entries:
-                path = f"{folder}/{entry.name}".lstrip("/")
-                if reason := _why_unusable(entry, endings):
-                    unusable.append((path, reason))
-                elif entry.is_dir():
-                    waiting.append((path, (*above, place)))
+                path, reason = os.path.join(folder, entry.name), _why_not(entry, endings)
+                if entry.is_dir() and not reason:
+                    folders.append((path, (*above, place)))
                 else:
-                    images[folder].append(entry.name)
-    return Listing(root, images, unusable)
+                    found.append((path, reason))
+    filled = {os.path.join(folder, name) for folder, names in _inside(found).items() for name in names}
+    filled |= dict(found).keys()
+    return found + [(path, "no images") for path, _ in folders[1:] if path not in filled]
 
 
-def _why_unusable(entry, endings):
+def _why_not(entry, endings):
     if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
         return "hidden"
     if entry.is_dir():
         return ""
     if not entry.is_file():
-        return "broken link" if entry.is_symlink() else "no file"
+        return "broken link or no file"
     ending = PurePath(entry.name).suffix.lower()
     return "" if ending in endings else ending or "no ending"
 
 
-# What it means: the parts of a data set, and classes.
+def _inside(found):
+    """Folder -> the names of those in it that hold images, at any depth; "" is the whole."""
+    inside = {"": set()}
+    for folder in {os.path.dirname(path) for path, reason in found if not reason}:
+        while folder:
+            folder, name = os.path.split(folder)
+            inside.setdefault(folder, set()).add(name)
+    return inside
+
+
+# What it means: parts of a data set, and classes.
 
 
 def _parts(inside, folder=""):
@@ -123,70 +102,62 @@ def _parts(inside, folder=""):
         words = re.findall("[a-z]+", name.lower())
         if words and words[-1] in PARTS:
             parts.setdefault(PARTS[words[-1]], []).append(name)
-    nested = any(f"{folder}/{name}".lstrip("/") in inside for names in parts.values() for name in names)
+    nested = any(os.path.join(folder, name) in inside for names in parts.values() for name in names)
     return parts if nested or len(parts) > 1 else {}
 
 
-def _train_and_val(listing):
-    """The names of the folders to train on and to hold out; empty for what is not there.
-
-    Raises:
-        ValueError: parts of a data set without one to train on, or it is unclear what is a part.
-    """
-    root, inside = listing.root, listing.inside()
-    if not (parts := _parts(inside)):
-        return "", ""
-    if "train" not in parts:
-        found = ", ".join(sorted(inside[""]))
-        raise ValueError(f"{root} holds {found} and no train: give the folder that is meant")
-    train, val = parts["train"], parts.get("val", [""])
-    for names in (train, val):
-        if len(names) > 1:
-            raise ValueError(f"{root} holds {' and '.join(names)}: only one of them can be used")
-    others = sorted(inside[""] - {*train})
-    if others and len(parts) == 1:
-        raise ValueError(
-            f"{root} holds {others[0]} beside {train[0]}, which has folders: give {root / train[0]} if these "
-            f"are the classes; if {train[0]} is a class, put its images directly into it"
-        )
-    return train[0], val[0]
-
-
-def _in_classes(listing, reading, class_names=None):
-    """The `ImageFolder` of a listing, and (path, reason) of the images that are not in it."""
-    by_class = {}
-    for folder, names in listing.images.items():
-        by_class.setdefault(folder.split("/")[0], []).extend(f"{folder}/{name}" for name in names)
-    found = sorted(name for name, images in by_class.items() if name and images)
-    if class_names is None:
-        _check_classes(listing)
-        class_names = tuple(found)
-    images = [sorted(by_class.get(name, ())) for name in class_names]
-    labels = np.repeat(np.arange(len(images)), [len(names) for names in images])
-    names = tuple(name for names in images for name in names)
-    unused = [(name, "no such class") for name in found if name not in class_names]
-    return ImageFolder(listing.root, class_names, names, labels, reading), listing.apart() + unused
-
-
-def _check_classes(listing):
-    """Refuse a listing without classes, or with folders that are none."""
-    root, inside = listing.root, listing.inside()
-    if count := len({folder.split("/")[0] for folder in listing.images} - {""}):
-        if not inside[""]:
-            raise ValueError(f"{root} has {count} class sub-folders but no images in them")
+def _train_and_val(root, found):
+    """The names of the folders to train on and to hold out; empty for the whole, and for none. Raises
+    ValueError, naming what may be meant, if folders are no classes or may be meant in two ways."""
+    inside = _inside(found)
+    parts, places = _parts(inside), {os.path.dirname(path) for path, reason in found if not reason}
+    (train, *more), (val, *others) = (parts.get(name, [""]) for name in ("train", "val"))
+    beside, classes = inside[""] - {train}, inside.get(train, ())
+    below = [folder for folder in {*inside, *places} if folder and folder.startswith(os.path.join(train, ""))]
+    lower = min((folder for folder in below if _parts(inside, folder)), default=None)
+    around = os.path.commonpath(places.intersection(below) or [""])
+    if lower:
+        problem = f"{', '.join(sorted(inside[lower]))} in {root / lower}: give that folder"
+    elif parts and not train:
+        problem = f"{', '.join(sorted(beside))} and no train: give the folder that is meant"
+    elif more or others:
+        problem = f"{', '.join(parts['train'] + parts.get('val', []))}: one of each kind can be used"
+    elif len(parts) == 1 and beside:
+        problem = f"{min(beside)} beside folders in {train}: give {root / train} or put its images together"
+    elif not classes:
+        needed = f"no images in class sub-folders, {root / train}/CLASS/IMAGE, one is enough"
+        problem = "; ".join([needed, *_told(pair for pair in found if pair[1])])
+    elif len(classes) == 1 and around not in places:
+        problem = f"one class, its images in several folders: give {root / around} or put them together"
     else:
-        raise ValueError(f"{root} has no class sub-folders: images must lie in {root}/CLASS/, one is enough")
-    for folder in sorted(inside):
-        if parts := _parts(inside, folder):
-            names, meant = ", ".join(sum(parts.values(), [])), root / folder if folder else "one of them"
-            raise ValueError(f"{root / folder} holds {names}, which are no classes: give {meant}")
-    folders = [folder for folder, names in listing.images.items() if names and folder]
-    around = os.path.commonpath(folders)
-    if around and around not in folders:
-        raise ValueError(
-            f"{root} has one class, with its images in {len(folders)} folders in {root / around}: give that "
-            "if these are the classes; if not, put the images of the class into one folder"
-        )
+        return train, val
+    raise ValueError(f"{root} holds {problem}")
+
+
+def _use(root, found, reading, train="", val=""):
+    """The `ImageFolder`s of the folders that `_train_and_val` chose; the second may be empty."""
+    images, unused = {train: {}, val: {}}, []
+    for path, reason in found:
+        part = path.split("/")[0] if train else ""
+        name = path[len(part) :].lstrip("/")
+        class_name, in_class, _ = name.partition("/")
+        if not reason and part not in images:
+            reason = f"beside {train}"
+        elif not reason and not in_class:
+            reason = "in no class folder"
+        if reason:
+            unused.append((path, reason))
+        else:
+            images[part].setdefault(class_name, []).append(name)
+    class_names = tuple(sorted(images[train]))
+    unused += [(f"{val}/{name}", "no such class") for name in images[val] if name not in class_names]
+    folders = []
+    for part in (train, val):
+        by_class = [sorted(images[part].get(name, ())) for name in class_names]
+        labels = np.repeat(np.arange(len(class_names)), [len(names) for names in by_class])
+        names = tuple(name for names in by_class for name in names)
+        folders.append(ImageFolder(root / part, class_names, names, labels, reading, _told(unused)))
+    return folders
 
 
 def _told(unused):
@@ -202,36 +173,30 @@ def list_images(root, reading=Reading(), endings=EXTENSIONS):
     """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
 
     Raises:
-        ValueError: no sub-folders, no images in them, or folders that are no classes.
+        ValueError: no images in sub-folders, or sub-folders that are no classes.
     """
-    listing = once(lambda: list_files(Path(root), endings))
-    folder, unused = _in_classes(listing, reading)
-    return replace(folder, left_out=_told(listing.unusable + unused))
+    root = Path(root)
+    found = once(lambda: list_files(root, endings))
+    if any(parts := _train_and_val(root, found)):
+        raise ValueError(f"{root} holds {' and '.join(filter(None, parts))}, not classes: give one of them")
+    return _use(root, found, reading)[0]
 
 
 def split_folder(path, val_fraction=None, reading=Reading()):
     """The training images of a folder and those held out, two `ImageFolder`s with the same classes.
 
-    These are PATH/train and PATH/val (or as PARTS spells them). Where val has no images of train's classes,
+    These are PATH/train and PATH/val, or as PARTS spells them. If no image of val is in a class of train,
     `held_out` splits PATH/train, or PATH; `val_fraction` is as in `val_fraction_of`. The second is None if
     nothing is held out.
 
     Raises:
-        ValueError: no classes, no images, or folders that may be meant in two ways.
+        ValueError: no images in classes, or folders that may be meant in two ways.
     """
-    listing = once(lambda: list_files(Path(path), EXTENSIONS))
-    first, second = _train_and_val(listing)
-    train, unused = _in_classes(listing.below(first) if first else listing, reading)
-    val = ()
-    if first:
-        beside = listing.inside()[""] - {first, second}
-        unused = [(f"{first}/{path}", reason) for path, reason in unused] + listing.apart()
-        unused += [(name, f"beside {first}") for name in beside]
-    if second:
-        val, more = _in_classes(listing.below(second), reading, train.class_names)
-        unused += [(f"{second}/{path}", reason) for path, reason in more]
-    train = replace(train, left_out=_told(listing.unusable + unused))
-    if not val:
+    path = Path(path)
+    found = once(lambda: list_files(path, EXTENSIONS))
+    first, second = _train_and_val(path, found)
+    train, val = _use(path, found, reading, first, second)
+    if not (second and val):
         mask = held_out(train.names, train.labels, val_fraction_of(val_fraction, reading.published))
         train, val = train.subset(~mask), train.subset(mask)
     return train, val or None

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from util.distributed import start_worker
 
 EXTENSIONS = {  # of FORMATS
-    ".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
-    ".tif", ".tiff", ".webp",
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
 }
 # PIL goes by a file's contents, not its name, and would run PostScript: only these formats are opened.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -77,26 +77,27 @@ def _managed(image):
         return image.convert("RGB")
 
 
-def _content(path):
-    """The bytes of a file. Raises OSError, naming it, if reading still fails after PAUSES."""
-    for pause in (*PAUSES, None):
-        try:
-            return Path(path).read_bytes()
-        except (OSError, MemoryError) as error:
-            if pause is None:
-                number = getattr(error, "errno", None) or errno.ENOMEM
-                raise OSError(number, os.strerror(number), str(path)) from None
-        time.sleep(pause)
-
-
 def read_image(path, *, size=1, reading=Reading()):
     """An image file as a PIL image of mode RGB, to be cropped to that size; of an animation, the first frame.
 
     Raises:
-        UnreadableImage: its bytes are no image of FORMATS, truncated, or more than MAX_PIXELS as stored or
-            resized. OSError: the machine could not read it.
+        UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
+        OSError: the machine could not read the file, also when asked again after PAUSES.
     """
-    content = _content(path)
+    for pause in (*PAUSES, None):
+        try:
+            return _decode(Path(path).read_bytes(), size, reading)
+        except (OSError, MemoryError) as error:
+            if pause is None:
+                number = getattr(error, "errno", errno.ENOMEM)
+                raise OSError(number, os.strerror(number), str(path)) from None
+            time.sleep(pause)
+        except ValueError as error:
+            raise UnreadableImage(f"{path}: {error}") from None
+
+
+def _decode(content, size, reading):
+    """The bytes of a file as `read_image` returns it. Raises ValueError, or MemoryError."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             short, long = sorted(image.size)
@@ -107,9 +108,10 @@ def read_image(path, *, size=1, reading=Reading()):
                     raise ValueError(f"{sides}: {what} {pixels} pixels, the limit is {MAX_PIXELS}")
             return reading.rgb(image)
     except MemoryError:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
+        raise
     except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
-        raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names the bytes, not the file
+        raise ValueError("cannot identify it" if unknown else str(error) or type(error).__name__) from None
 
 
 def read_mask(path):
