@@ -358,7 +358,7 @@ def find_class(flag, text, names):
     if index is not None:
         return index
     shown = ", ".join(plain[:10] + ["..."] * (len(plain) > 10))
-    raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({shown})")
+    raise ValueError(f"{flag}: no class {text!r} in 0..{len(names) - 1} ({shown})")
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _train_and_val(root, found):
     elif len(parts) == 1 and beside:
         problem = f"{min(beside)} beside folders in {train}: give {root / train} or put its images together"
     elif not classes:
-        needed = f"no images in class sub-folders, {root / train}/CLASS/IMAGE, one is enough"
+        needed = f"no class sub-folders with images, {root / train}/CLASS/IMAGE: one is enough"
         problem = "; ".join([needed, *_told(pair for pair in found if pair[1])])
     elif len(classes) == 1 and around not in places:
         problem = f"one class, its images in several folders: give {root / around} or put them together"
