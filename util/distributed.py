@@ -86,18 +86,11 @@ def gather_objects(value):
 
 
 def once(make):
-    """What `make()` returns, or raises, on the first process; on all of them."""
+    """What `make()` returns on the first process, on all of them; only there it is called."""
     if not torch.distributed.is_initialized():
         return make()
-    made = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            made = [make()]
-        except Exception as error:
-            made = [error]
+    made = [make() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(made)
-    if isinstance(made[0], Exception):
-        raise made[0]
     return made[0]
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -77,7 +77,7 @@ def _why_not(entry, endings):
         return ""
     if not entry.is_file():
         return "broken link or no file"
-    ending = PurePath(entry.name).suffix.lower()
+    ending = os.path.splitext(entry.name)[1].lower()
     return "" if ending in endings else ending or "no ending"
 
 
@@ -211,7 +211,7 @@ def held_out(names, labels, fraction):
     Whether an image is held out depends on its class folder and file name (without the suffix) alone, but for
     the last image of a class, which is trained on.
     """
-    stems = (PurePath(name).with_suffix("").as_posix() for name in names)
+    stems = (os.path.splitext(name)[0] for name in names)
     digests = (hashlib.sha256(os.fsencode(stem)).digest() for stem in stems)
     hashes = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
     largest = np.zeros(max(labels) + 1, dtype=np.uint64)

@@ -179,7 +179,8 @@ class TokenCache:
             raise ValueError(_why_incomplete(folder))
         self.meta = meta = CacheMeta.read(folder / "meta.json")
         shards, tail = range(meta.num_shards), (2, meta.num_tokens)
-        tokens = [_map_shard(_shard_file(folder, s, "tokens.npy"), np.uint16, tail) for s in shards]
+        paths = [_shard_file(folder, s, "tokens.npy") for s in shards]
+        tokens = [_map_shard(path, np.uint16, tail) for path in paths]
         labels = [_map_shard(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
         self.labels = np.concatenate(labels).astype(np.int64)
         sizes, expected = [len(part) for part in tokens], meta.num_images - len(meta.unreadable)
@@ -190,9 +191,8 @@ class TokenCache:
         if not 0 <= self.labels.min() <= self.labels.max() < len(meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
-        self._rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
-        self._files = [_shard_file(folder, s, "tokens.npy") for s in shards]
-        self._bytes = [path.stat().st_size for path in self._files]
+        rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
+        self._shards = [(path, path.stat().st_size, part) for path, part in zip(paths, rows, strict=True)]
 
     def __len__(self):
         return len(self.labels)
@@ -221,10 +221,11 @@ class TokenCache:
         stored = np.empty((len(indices), self.meta.num_tokens), dtype=np.uint16)
         cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
         for start, end in zip(cuts, cuts[1:], strict=False):
-            if start < end:
-                self._check_size(shards[start])
-                # mode "clip" reads straight into `out`; the ranges were checked above
-                self._rows[shards[start]].take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
+            if start < end:  # mode "clip" reads straight into `out`; the ranges were checked above
+                path, size, part = self._shards[shards[start]]
+                if path.stat().st_size != size:  # a read beyond the end is a signal that ends the process
+                    raise DamagedCache(f"{path} has changed its size while it is read")
+                part.take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
         if stored.max(initial=0) >= self.meta.vocab_size:
             raise DamagedCache(
                 f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
@@ -232,12 +233,6 @@ class TokenCache:
         tokens = np.empty(stored.shape, dtype=np.int64)
         tokens[by_shard] = stored
         return tokens
-
-
-    def _check_size(self, shard):
-        """Raise DamagedCache if a shard was truncated meanwhile: reading it would end the process."""
-        if (now := os.stat(self._files[shard]).st_size) != self._bytes[shard]:
-            raise DamagedCache(f"{self._files[shard]}: {now} bytes, it had {self._bytes[shard]}")
 
 
 def _check_range(what, values, end):

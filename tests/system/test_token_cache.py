@@ -228,11 +228,10 @@ def test_names_of_any_kind_are_kept(tmp_path):
 def test_shard_truncated_in_training_ends_it_in_one_line(tmp_path):
     """Without a look at its size reading it would end the process by a signal, or give zeros."""
     shutil.copytree(helpers.token_cache(), tmp_path / "cache")
-    cache, shard = TokenCache(tmp_path / "cache"), tmp_path / "cache/shard-00001.tokens.npy"
-    size = shard.stat().st_size
-    os.truncate(shard, 0)
+    cache = TokenCache(tmp_path / "cache")
+    os.truncate(tmp_path / "cache/shard-00001.tokens.npy", 0)
     assert cache.tokens([0], [0]).shape == (1, 16)
-    with pytest.raises(DamagedCache, match=f"00001.tokens.npy: 0 bytes, it had {size}"):
+    with pytest.raises(DamagedCache, match="00001.tokens.npy has changed its size"):
         cache.tokens([0, 8], [0, 0])
 
 
