@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 main_lpd.py --model lpd_l --use_cached --cached_path DIR --output_dir RUN
     torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l --pretrained_ckpt FILE --cfg 4.8
 
-Recipes are in scripts/train and scripts/eval. To resume, run the same command again.
+Recipes are in scripts/train and scripts/eval. To resume, run the same command again; with more --epochs it
+goes on from where it ended.
 """
 
 import dataclasses
@@ -140,7 +141,7 @@ def open_sources(args, tokenizer, world):
         given = {"vocab_size": codes, "tokenizer_digest": digest}
         refuse_changes(args.cached_path, data, given, "give its tokenizer with --vqgan_path")
     train, val = split_cache(cache, args.val_fraction)
-    distributed.say(folders.summary(args.cached_path, data["class_names"], train, val))
+    distributed.say(folders.summary(args.cached_path, data["class_names"], train, val, cache.left_out))
     return [token_source(part, world.device, resident=args.compile) for part in (train, val) if part], data
 
 

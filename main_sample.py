@@ -53,8 +53,8 @@ def load(args):
     grid_size, stride, codes = model.config.grid_size, tokenizer.config.stride, tokenizer.config.vocab_size
     cli.check_stated(args, vqgan_vocab_size=codes, vqgan_stride=stride, img_size=grid_size * stride)
     names = cli.class_names(args, model.config.num_classes, info)
-    chosen = args.classes or [str(i) for i in range(min(10, len(names)))]
-    labels = torch.tensor([cli.find_class("--classes", text, names) for text in chosen])
+    chosen = [cli.find_class("--classes", text, names) for text in args.classes or ()]
+    labels = torch.tensor(chosen or range(min(10, len(names))))
     labels = labels.repeat_interleave(args.num_per_class)
     settings = resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=len(labels),

@@ -56,8 +56,6 @@ def main(argv=None):
         folder, held_out = cli.open_folders(args, args.img_size, world)
         state = train_state(args, model, folder, pretrained, world)
         steps = state.config.num_steps(len(folder))
-        if state.step > steps:
-            raise ValueError(f"--epochs: {output_dir / LAST} has {state.step} steps, more than {steps}")
     with cli.sole_writer("--output_dir", output_dir, world):
         run = RunSettings(output_dir, save_last_freq=args.save_every)
         data = {"path": args.data_path, "images": len(folder), "names_digest": names_digest(folder.names)}

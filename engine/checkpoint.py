@@ -1,5 +1,6 @@
 """Training state on disk: `checkpoint-last.pth`, the one before it, and numbered ones."""
 
+import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +12,8 @@ from util.distributed import warn
 from util.files import atomic, refuse_changes
 
 LAST, PREVIOUS = CHECKPOINT, "checkpoint-previous.pth"
-REMEDY = "resume with the same settings or give another --output_dir"
+REMEDY = "resume with the same settings, or more --epochs, or give another --output_dir"
+SCHEDULE = ("epochs", "warmup_steps", "warmup_epochs", "lr_decay_start_epoch")  # may change in a longer run
 
 
 def save_checkpoint(path, checkpoint):
@@ -72,12 +74,14 @@ def checkpoint_of(state, info, **parts):
     }
 
 
-def restore(state, path, *parts, free=()):
-    """Put a checkpoint back into a training state; returns its dict. Settings other than `free` must be
-    those of the checkpoint. Raises ValueError, naming the file and the setting, or as `load_checkpoint`."""
+def restore(state, path, *parts):
+    """Put a checkpoint back into a training state; returns its dict. Its settings must be those of the state,
+    but for SCHEDULE if the state has more epochs, which continue the run. Raises ValueError, naming the file
+    and the setting, or as `load_checkpoint`."""
     checkpoint = load_checkpoint(path, ("model", "optimizer", "step", *parts))
-    now = {name: value for name, value in asdict(state.config).items() if name not in free}
-    refuse_changes(path, recorded_settings(state.config, checkpoint["train_config"]), now, REMEDY)
+    saved, now = recorded_settings(state.config, checkpoint["train_config"]), asdict(state.config)
+    free = SCHEDULE if now["epochs"] > saved.get("epochs", math.inf) else ()
+    refuse_changes(path, saved, {name: value for name, value in now.items() if name not in free}, REMEDY)
     load_state(state.model, checkpoint["model"], path)
     saved = checkpoint["optimizer"]
     for group, own in zip(saved["param_groups"], state.optimizer.param_groups, strict=True):

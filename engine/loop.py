@@ -100,7 +100,8 @@ def run_training(state, training, run, world, log):
                 save(LAST)
                 timer.restart()
             if save_numbered:
-                save(f"checkpoint-{math.floor(training.clock(state.step))}.pth")
+                every = run.save_intermediate_freq
+                save(f"checkpoint-{training.clock(state.step) // every * every:g}.pth")
 
             if stop and not at_end:
                 distributed.barrier()  # the first process to exit ends the others, and must have saved

@@ -41,8 +41,10 @@ class TrainConfig:
     lr: float = 8e-4
     min_lr: float = setting(1e-5, least=0)
     lr_schedule: str = setting("constant+cosine", choices=["constant", "cosine", "constant+cosine"])
-    warmup_epochs: float = setting(50.0, least=0)
-    lr_decay_start_epoch: float = setting(400.0, "of constant+cosine", least=0)
+    warmup_epochs: float = setting(None, "default: a ninth of the epochs, 50 of 450", kind=float, least=0)
+    lr_decay_start_epoch: float = setting(
+        None, "of constant+cosine; default: eight ninths of the epochs, 400 of 450", kind=float, least=0
+    )
     weight_decay: float = setting(0.02, least=0)
     grad_clip: float = setting(3.0, "0: none", least=0)
     ema: float = setting(0.0, "decay of the EMA of the weights, such as 0.9999; 0: none", least=0, most=1)
@@ -54,8 +56,10 @@ class TrainConfig:
         L = self.model.num_tokens
         object.__setattr__(self, "schedules", tuple(in_brief(steps, L) for steps in self.schedules))
         phases = {"constant": [], "cosine": ["warmup_epochs"]}
-        for name in phases.get(self.lr_schedule, ["warmup_epochs", "lr_decay_start_epoch"]):
-            if getattr(self, name) > self.epochs:
+        for name, share in (("warmup_epochs", 1 / 9), ("lr_decay_start_epoch", 8 / 9)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, share * self.epochs)
+            elif getattr(self, name) > self.epochs and name in phases.get(self.lr_schedule, [name]):
                 raise ValueError(f"--{name} {getattr(self, name)} is more than --epochs {self.epochs}")
 
     @cached_property
@@ -98,7 +102,7 @@ class TrainState:
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
 
     def load(self, path):
-        """Resume from a checkpoint. Raises ValueError if it is damaged or was made with other settings."""
+        """Resume from a checkpoint. Raises ValueError as `restore`."""
         for name, average in restore(self, path, "ema")["ema"].items():
             self.ema[name].copy_(average)
 
@@ -224,7 +228,7 @@ def validation(source, config, world):
     images = np.linspace(0, source.num_images - 1, count).astype(int)
     orders = torch.rand(count, L, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
     kinds, at_a_time = len(config.group_sizes), max(1, VAL_TOKENS // L)
-    parts = [part for k in range(kinds) for part in torch.arange(k, count, kinds).split(at_a_time)]
+    parts = [part for k in range(kinds) for part in torch.arange(count)[k::kinds].split(at_a_time)]
     own = [part for part in parts[world.rank :: world.size] if len(part)]
 
     @cache

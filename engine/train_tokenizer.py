@@ -66,9 +66,8 @@ class TokenizerState:
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
 
     def load(self, path, world):
-        """Resume from a checkpoint; more epochs than it was made with continue the run. Raises ValueError if
-        it is damaged or was made with other settings."""
-        checkpoint = restore(self, path, "code_use", free=("epochs", "warmup_steps"))
+        """Resume from a checkpoint. Raises ValueError as `restore`."""
+        checkpoint = restore(self, path, "code_use")
         if world.is_main:  # it is a sum over all processes, and will be summed again
             self.code_use.copy_(checkpoint["code_use"])
 

@@ -23,7 +23,7 @@ from models.vqgan import VQConfig
 from orders.schedule import training_steps
 from util import cli, folders
 from util.device import choose_device, is_cuda, synchronize
-from util.distributed import STOP_SIGNALS, World
+from util.distributed import STOP_SIGNALS, World, say
 from util.files import read_json, refuse_changes, write_json
 from util.images import image_loader, in_order
 from util.logging import read_metrics
@@ -224,7 +224,7 @@ def main(argv=None):
         device = choose_device(args.device)
         train_images, held_out = folders.split_folder(args.data)
         left_out = train_images.left_out
-        print(folders.summary(args.data, train_images.class_names, train_images, held_out, left_out))
+        say(folders.summary(args.data, train_images.class_names, train_images, held_out, left_out))
         flags = kept_or_new(args, train_images, device, kept)
     if not args.dry_run:
         write_json(kept, flags)

@@ -325,7 +325,10 @@ def class_names(args, num_classes, info):
     """A name for every class: from --class_names, the weights, or its index."""
     names = info.get("class_names") or [str(i) for i in range(num_classes)]
     if args.class_names:
-        names = existing_file("--class_names", args.class_names).read_text().splitlines()
+        path = existing_file("--class_names", args.class_names)
+        with checking(f"--class_names: {path}: "):
+            text = path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
+        names = [line.strip() for line in text.rstrip().split("\n")]
     if len(names) != num_classes:
         raise ValueError(f"--class_names has {len(names)} names, the weights have {num_classes} classes")
     return names
@@ -337,17 +340,25 @@ def plain_name(name):
 
 
 def find_class(flag, text, names):
-    """The label of a class given by its index, its name, or its name without a leading number."""
-    if text.isdigit():
-        if int(text) >= len(names):
-            raise ValueError(f"{flag}: {text} is not in 0..{len(names) - 1}")
-        return int(text)
+    """The label of a class given by its name, its name without a leading number, or its index; a name wins.
+
+    Raises:
+        ValueError: no such class, or several.
+    """
     plain = [plain_name(name) for name in names]
-    for known in (names, plain):
-        if text in known:
-            return known.index(text)
+    index = int(text) if text.isdecimal() and int(text) < len(names) else None
+    for known in (names, plain, [name.lstrip("0") for name in plain]):
+        found = [label for label, name in enumerate(known) if name == text]
+        if len(found) > 1:
+            raise ValueError(f"{flag}: {text!r} names {' and '.join(map(str, found))}: give an index")
+        if found and index not in (None, *found):
+            say(f"{flag} {text}: the class of that name, {found[0]}; class {index} is {names[index]!r}")
+        if found:
+            return found[0]
+    if index is not None:
+        return index
     shown = ", ".join(plain[:10] + ["..."] * (len(plain) > 10))
-    raise ValueError(f"{flag}: no class {text!r} among {len(names)} ({shown})")
+    raise ValueError(f"{flag}: no class {text!r} in 0..{len(names) - 1} ({shown})")
 
 
 @contextmanager

@@ -98,10 +98,19 @@ def gather_objects(value):
     return values
 
 
+def once(make):
+    """What `make()` returns on the first process, on all of them; only there it is called."""
+    if not torch.distributed.is_initialized():
+        return make()
+    made = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
 def say(message, file=None):
-    """Print a line, once among all processes."""
+    """Print a line, once among all processes; of names that are no text, the bytes as escapes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(message, file=file, flush=True)
+        print(message.encode(errors="backslashreplace").decode(), file=file, flush=True)
 
 
 def warn(message):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 SHOWN = 80  # characters of a value in a message
-_NEXT_LINE = re.compile(r"\n\s*")
 
 
 def _umask():
@@ -146,10 +145,18 @@ def _holds(path):
 
 def write_json(path, value):
     """Write a value as indented JSON, a list of plain values on one line, atomically."""
-    text = json.dumps(value, indent=2)
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda plain: f"[{re.sub(_NEXT_LINE, ' ', plain[1])}]", text)
     with atomic(path) as partial:
-        partial.write_text(text + "\n")
+        partial.write_text(_indented(value) + "\n")
+
+
+def _indented(value, margin="\n"):
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        rows = [f"{json.dumps(str(name))}: {_indented(part, inner)}" for name, part in value.items()]
+        return "{" + inner + f",{inner}".join(rows) + margin + "}"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (dict, list, tuple)) for part in value):
+        return "[" + inner + f",{inner}".join(_indented(part, inner) for part in value) + margin + "]"
+    return json.dumps(value)
 
 
 def read_json(path):

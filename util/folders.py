@@ -1,24 +1,33 @@
-"""Folders of images: their classes and names, what is left out, and which images are held out of training."""
+"""Folders of images: their classes and names, what is left out, and which images are held out of training.
+
+Everything that lies in a folder is either used or named with the reason.
+"""
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from util.distributed import gather_objects, warn
+from util.distributed import gather_objects, once, warn
 from util.images import EXTENSIONS, Reading, image_loader, in_order
 
 VAL_FRACTION = 0.05  # held out where there is no val folder and nothing else is said
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
+# What parts of a data set are called: the last word of a folder's name, as in Val or ILSVRC2012_img_train.
+PARTS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+PARTS |= {name: name for name in ("train", "val", "test")}
 
 
 @dataclass(frozen=True)
 class ImageFolder:
     """An ImageNet-style folder: one sub-folder per class, labels in sorted order of their names.
 
-    `names` are relative paths, sorted; `labels` int64 [N], one for each name. `left_out` says which
-    sub-folders are no classes, and why.
+    `names` are relative paths, sorted; `labels` int64 [N], one for each name. `left_out` says what else lies
+    there, and why it is not used.
     """
 
     root: Path
@@ -37,88 +46,182 @@ class ImageFolder:
         return replace(self, names=names, labels=self.labels[chosen])
 
 
-def _hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
+# What lies in a folder: (path, reason) pairs. Paths are relative; the reason says why it is not used, and is
+# empty for an image.
 
 
-def _images_below(root, class_name):
-    """Sorted names, relative to `root`, of the images of a class, at any depth."""
-    names = (path.relative_to(root) for path in (root / class_name).rglob("*") if path.is_file())
-    return sorted(
-        name.as_posix() for name in names
-        if name.suffix.lower() in EXTENSIONS and not any(map(_hidden, name.parts))
-    )
+def list_files(root, endings):
+    """All that lies below a folder, in one pass. Links are followed."""
+    found, folders = [], [("", ())]
+    for folder, above in folders:  # which grows meanwhile
+        place = os.path.realpath(root / folder)
+        if place in above:
+            found.append((folder, "a link to a folder above it"))
+            continue
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                path, reason = os.path.join(folder, entry.name), _why_not(entry, endings)
+                if entry.is_dir() and not reason:
+                    folders.append((path, (*above, place)))
+                else:
+                    found.append((path, reason))
+    filled = {os.path.join(folder, name) for folder, names in _inside(found).items() for name in names}
+    filled |= dict(found).keys()
+    return found + [(path, "no images") for path, _ in folders[1:] if path not in filled]
 
 
-def list_images(root, reading=Reading(), class_names=None):
+def _why_not(entry, endings):
+    if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
+        return "hidden"
+    if entry.is_dir():
+        return ""
+    if not entry.is_file():
+        return "broken link or no file"
+    ending = os.path.splitext(entry.name)[1].lower()
+    return "" if ending in endings else ending or "no ending"
+
+
+def _inside(found):
+    """Folder -> the names of those in it that hold images, at any depth; "" is the whole."""
+    inside = {"": set()}
+    for folder in {os.path.dirname(path) for path, reason in found if not reason}:
+        while folder:
+            folder, name = os.path.split(folder)
+            inside.setdefault(folder, set()).add(name)
+    return inside
+
+
+# What it means: parts of a data set, and classes.
+
+
+def _parts(inside, folder=""):
+    """train, val, test -> the folders called so in a folder, if that is a data set: if there are two kinds of
+    them, or one holds folders. Else empty."""
+    parts = {}
+    for name in sorted(inside.get(folder, ())):
+        words = re.findall("[a-z]+", name.lower())
+        if words and words[-1] in PARTS:
+            parts.setdefault(PARTS[words[-1]], []).append(name)
+    nested = any(os.path.join(folder, name) in inside for names in parts.values() for name in names)
+    return parts if nested or len(parts) > 1 else {}
+
+
+def _train_and_val(root, found):
+    """The names of the folders to train on and to hold out; empty for the whole, and for none. Raises
+    ValueError, naming what may be meant, if folders are no classes or may be meant in two ways."""
+    inside = _inside(found)
+    parts, places = _parts(inside), {os.path.dirname(path) for path, reason in found if not reason}
+    (train, *more), (val, *others) = (parts.get(name, [""]) for name in ("train", "val"))
+    beside, classes = inside[""] - {train}, inside.get(train, ())
+    below = [folder for folder in {*inside, *places} if folder and folder.startswith(os.path.join(train, ""))]
+    lower = min((folder for folder in below if _parts(inside, folder)), default=None)
+    around = os.path.commonpath(places.intersection(below) or [""])
+    if lower:
+        problem = f"{', '.join(sorted(inside[lower]))} in {root / lower}: give that folder"
+    elif parts and not train:
+        problem = f"{', '.join(sorted(beside))} and no train: give the folder that is meant"
+    elif more or others:
+        problem = f"{', '.join(parts['train'] + parts.get('val', []))}: one of each kind can be used"
+    elif len(parts) == 1 and beside:
+        problem = f"{min(beside)} beside folders in {train}: give {root / train} or put its images together"
+    elif not classes:
+        needed = f"no class sub-folders with images, {root / train}/CLASS/IMAGE: one is enough"
+        problem = "; ".join([needed, *_told(pair for pair in found if pair[1])])
+    elif len(classes) == 1 and around not in places:
+        problem = f"one class, its images in several folders: give {root / around} or put them together"
+    else:
+        return train, val
+    raise ValueError(f"{root} holds {problem}")
+
+
+def _use(root, found, reading, train="", val=""):
+    """The `ImageFolder`s of the folders that `_train_and_val` chose; the second may be empty."""
+    images, unused = {train: {}, val: {}}, []
+    for path, reason in found:
+        part = path.split("/")[0] if train else ""
+        name = path[len(part) :].lstrip("/")
+        class_name, in_class, _ = name.partition("/")
+        if not reason and part not in images:
+            reason = f"beside {train}"
+        elif not reason and not in_class:
+            reason = "in no class folder"
+        if reason:
+            unused.append((path, reason))
+        else:
+            images[part].setdefault(class_name, []).append(name)
+    class_names = tuple(sorted(images[train]))
+    unused += [(f"{val}/{name}", "no such class") for name in images[val] if name not in class_names]
+    folders = []
+    for part in (train, val):
+        by_class = [sorted(images[part].get(name, ())) for name in class_names]
+        labels = np.repeat(np.arange(len(class_names)), [len(names) for names in by_class])
+        names = tuple(name for names in by_class for name in names)
+        folders.append(ImageFolder(root / part, class_names, names, labels, reading, _told(unused)))
+    return folders
+
+
+def _told(unused):
+    """(path, reason) pairs as a tuple of texts, one for each reason."""
+    by_reason = {}
+    for path, reason in sorted(unused):
+        by_reason.setdefault(reason, []).append(path)
+    more = {reason: f" and {len(paths) - 3} more" * (len(paths) > 3) for reason, paths in by_reason.items()}
+    return tuple(f"{', '.join(paths[:3])}{more[reason]} ({reason})" for reason, paths in by_reason.items())
+
+
+def list_images(root, reading=Reading(), endings=EXTENSIONS):
     """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
 
-    With `class_names`, labels are places in that list, and other classes are left out.
-
     Raises:
-        ValueError: no sub-folders, or no images in them.
+        ValueError: no images in sub-folders, or sub-folders that are no classes.
     """
     root = Path(root)
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    classes = [name for name in found if not _hidden(name)]
-    if not classes:
-        raise ValueError(f"{root} has no class sub-folders: images must lie in {root}/CLASS/, one is enough")
-    images = {name: _images_below(root, name) for name in classes}
-    if not any(images.values()):
-        raise ValueError(f"{root} has {len(classes)} class sub-folders but no images in them")
-    known = tuple(name for name in classes if images[name]) if class_names is None else tuple(class_names)
-    left_out = [f"{name} (no class)" for name in found if _hidden(name)]
-    left_out += [f"{name} (no images)" for name in classes if not images[name]]
-    left_out += [f"{name} (no such class)" for name in classes if images[name] and name not in known]
-    listed = [(name, label) for label, class_name in enumerate(known) for name in images.get(class_name, ())]
-    labels = np.array([label for _, label in listed], dtype=np.int64)
-    return ImageFolder(root, known, tuple(name for name, _ in listed), labels, reading, tuple(left_out))
-
-
-# Held-out images.
-
-
-def held_out(names, fraction):
-    """Which images are held out of training, bool [N]: about `fraction` of them, by a hash of the name.
-
-    Whether an image is held out depends on its class folder and file name (without the suffix) alone.
-    """
-    stems = (PurePath(name).with_suffix("").as_posix() for name in names)
-    hashes = [int.from_bytes(hashlib.sha256(stem.encode()).digest()[:4], "big") for stem in stems]
-    return np.array(hashes, dtype=np.uint64) < fraction * 2**32
-
-
-def val_fraction_of(stated, published):
-    """The fraction to hold out: as stated, else VAL_FRACTION, or nothing of data read as published."""
-    return (0.0 if published else VAL_FRACTION) if stated is None else stated
-
-
-def _has_classes(path):
-    return path.is_dir() and any(p.is_dir() and not _hidden(p.name) for p in path.iterdir())
+    found = once(lambda: list_files(root, endings))
+    if any(parts := _train_and_val(root, found)):
+        raise ValueError(f"{root} holds {' and '.join(filter(None, parts))}, not classes: give one of them")
+    return _use(root, found, reading)[0]
 
 
 def split_folder(path, val_fraction=None, reading=Reading()):
     """The training images of a folder and those held out, two `ImageFolder`s with the same classes.
 
-    These are PATH/train and PATH/val where both have class folders. Otherwise `held_out` splits PATH/train or
-    PATH; `val_fraction` is as in `val_fraction_of`. The second is None if nothing is held out.
+    These are PATH/train and PATH/val, or as PARTS spells them. If no image of val is in a class of train,
+    `held_out` splits PATH/train, or PATH; `val_fraction` is as in `val_fraction_of`. The second is None if
+    nothing is held out.
 
     Raises:
-        ValueError: no classes, no images, or all of them held out.
+        ValueError: no images in classes, or folders that may be meant in two ways.
     """
     path = Path(path)
-    split = _has_classes(path / "train")
-    train = list_images(path / "train" if split else path, reading)
-    if split and _has_classes(path / "val"):
-        val = list_images(path / "val", reading, train.class_names)
-        left_out = tuple(f"val/{name}" for name in val.left_out)
-        train = replace(train, left_out=train.left_out + left_out)
-    else:
-        mask = held_out(train.names, val_fraction_of(val_fraction, reading.published))
+    found = once(lambda: list_files(path, EXTENSIONS))
+    first, second = _train_and_val(path, found)
+    train, val = _use(path, found, reading, first, second)
+    if not (second and val):
+        mask = held_out(train.names, train.labels, val_fraction_of(val_fraction, reading.published))
         train, val = train.subset(~mask), train.subset(mask)
-    if not len(train):
-        raise ValueError(f"{path}: all {len(val)} images are held out: lower --val_fraction")
-    return train, val if len(val) else None
+    return train, val or None
+
+
+# Held-out images.
+
+
+def held_out(names, labels, fraction):
+    """Which images are held out of training, bool [N]: about `fraction` of them, by a hash of the name.
+
+    Whether an image is held out depends on its class folder and file name (without the suffix) alone, but for
+    the last image of a class, which is trained on.
+    """
+    stems = (os.path.splitext(name)[0] for name in names)
+    digests = (hashlib.sha256(os.fsencode(stem)).digest() for stem in stems)
+    hashes = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
+    largest = np.zeros(max(labels) + 1, dtype=np.uint64)
+    np.maximum.at(largest, labels, hashes)
+    return (hashes < fraction * 2**32) & (hashes < largest[labels])
+
+
+def val_fraction_of(stated, published):
+    """The fraction to hold out: as stated, else VAL_FRACTION, or nothing of data read as published."""
+    return (0.0 if published else VAL_FRACTION) if stated is None else stated
 
 
 # What is in a folder.

@@ -1,19 +1,27 @@
 """Images: files to RGB, ADM's centre crop, pixels as uint8 [H, W, 3] or float in [-1, 1], regions."""
 
+import errno
 import io
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from util.distributed import start_worker
 
-EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {  # of FORMATS
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
+}
 # PIL goes by a file's contents, not its name, and would run PostScript: only these formats are opened.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**27  # of an image as stored, and as resized: 134 million
+PAUSES = 0.2, 1.0  # seconds until a file that the machine could not read is tried again
 
 
 class UnreadableImage(ValueError):
@@ -41,7 +49,7 @@ class Reading:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "CMYK" and "icc_profile" in image.info:
             return _managed(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
+        if image.mode == "F" or image.mode.startswith("I"):
             image = _to_8_bits(image)
         if not image.has_transparency_data:
             return image.convert("RGB")
@@ -50,9 +58,14 @@ class Reading:
 
 
 def _to_8_bits(image):
-    """A grey image of 16 bits, its range 0..65535 scaled to 0..255."""
-    levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    """A grey image of more than 8 bits, its range scaled to 0..255. That is 0..65535; of floats and TIFFs
+    of 32 bits, the smallest of 0..1 (floats only), 0..255 and 0..65535 that holds all levels."""
+    levels, unknown = np.asarray(image).astype(np.float64), image.format == "TIFF" and image.mode == "I"
+    ends = (1, 255, 65535) if image.mode == "F" else (255, 65535) if unknown else (65535,)
+    end = next((end for end in ends if levels.min() >= 0 and levels.max() <= end), None)
+    if end is None:
+        raise ValueError(f"grey levels from {levels.min():g} to {levels.max():g}, of an unknown range")
+    return Image.fromarray((levels * 255 / end + 0.5).astype(np.uint8))
 
 
 def _managed(image):
@@ -69,9 +82,24 @@ def read_image(path, *, size=1, reading=Reading()):
 
     Raises:
         UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
+        OSError: the machine could not read the file, also when asked again after PAUSES.
     """
+    for pause in (*PAUSES, None):
+        try:
+            return _decode(Path(path).read_bytes(), size, reading)
+        except (OSError, MemoryError) as error:
+            if pause is None:
+                number = getattr(error, "errno", errno.ENOMEM)
+                raise OSError(number, os.strerror(number), str(path)) from None
+            time.sleep(pause)
+        except ValueError as error:
+            raise UnreadableImage(f"{path}: {error}") from None
+
+
+def _decode(content, size, reading):
+    """The bytes of a file as `read_image` returns it. Raises ValueError, or MemoryError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             short, long = sorted(image.size)
             resized = size * max(size, size * long // max(1, short))
             for what, pixels in (("has", short * long), (f"would have, its short side {size},", resized)):
@@ -79,8 +107,11 @@ def read_image(path, *, size=1, reading=Reading()):
                     sides = "x".join(map(str, image.size))
                     raise ValueError(f"{sides}: {what} {pixels} pixels, the limit is {MAX_PIXELS}")
             return reading.rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
-        raise UnreadableImage(f"{path}: {str(error) or type(error).__name__}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names the bytes, not the file
+        raise ValueError("cannot identify it" if unknown else str(error) or type(error).__name__) from None
 
 
 def read_mask(path):
@@ -120,7 +151,8 @@ def to_uint8(pixels):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Maps (index, view) to (index, uint8 [size, size, 3]) or (index, error text); view 1 is mirrored."""
+    """Maps (index, view) to (index, uint8 [size, size, 3]), view 1 mirrored; or to (index, error text) for a
+    damaged picture, (index, OSError) for a file that could not be read."""
 
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
@@ -135,19 +167,28 @@ class ImageDataset(torch.utils.data.Dataset):
             pixels = load_image(path, self.size, self.folder.reading)
         except UnreadableImage as error:
             return index, str(error)
+        except OSError as error:  # raised by a worker it would become several lines
+            return index, error
         return index, pixels[:, ::-1] if view else pixels
 
 
 def image_loader(folder, size, batches, num_workers):
-    """A DataLoader over an iterable of (indices, views) pairs; each item is a list of `ImageDataset` items.
+    """Lists of `ImageDataset` items, one for each of an iterable of (indices, views) pairs. Raises OSError
+    for a file that the machine could not read.
 
-    It has a generator of its own, so that it draws nothing from the global one, which seeds dropout.
+    The DataLoader has a generator of its own, so that it draws nothing from the global one, which seeds
+    dropout.
     """
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
         generator=torch.Generator(), worker_init_fn=start_worker,
     )
+    for items in loader:
+        for _, image in items:
+            if isinstance(image, OSError):
+                raise image
+        yield items
 
 
 def in_order(indices, batch_size):

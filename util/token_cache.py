@@ -13,6 +13,7 @@ read too.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from util.files import atomic, read_arrays, read_json, refuse_changes, write_json
-from util.folders import held_out, val_fraction_of
+from util.folders import held_out, list_images, val_fraction_of
 
 FORMAT = 1
 
@@ -87,7 +88,7 @@ class CacheMeta:
 
 def names_digest(names):
     """16 hex digits that identify a list of image names."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
 
 
 def _shard_file(folder, shard, kind):
@@ -165,10 +166,12 @@ class TokenCache:
     """A complete token cache, memory-mapped. `len` is the number of images.
 
     Attributes:
-        meta: CacheMeta. labels: int64 [N], all in memory.
+        meta: CacheMeta. labels: int64 [N], all in memory. left_out: as of an ImageFolder.
     Raises:
         ValueError: incomplete, damaged, or of another format.
     """
+
+    left_out = ()
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
@@ -176,7 +179,8 @@ class TokenCache:
             raise ValueError(_why_incomplete(folder))
         self.meta = meta = CacheMeta.read(folder / "meta.json")
         shards, tail = range(meta.num_shards), (2, meta.num_tokens)
-        tokens = [_map_shard(_shard_file(folder, s, "tokens.npy"), np.uint16, tail) for s in shards]
+        paths = [_shard_file(folder, s, "tokens.npy") for s in shards]
+        tokens = [_map_shard(path, np.uint16, tail) for path in paths]
         labels = [_map_shard(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
         self.labels = np.concatenate(labels).astype(np.int64)
         sizes, expected = [len(part) for part in tokens], meta.num_images - len(meta.unreadable)
@@ -187,7 +191,8 @@ class TokenCache:
         if not 0 <= self.labels.min() <= self.labels.max() < len(meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(meta.class_names) - 1}")
         self._starts = np.cumsum([0, *sizes])
-        self._rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
+        rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
+        self._shards = [(path, path.stat().st_size, part) for path, part in zip(paths, rows, strict=True)]
 
     def __len__(self):
         return len(self.labels)
@@ -217,7 +222,10 @@ class TokenCache:
         cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
         for start, end in zip(cuts, cuts[1:], strict=False):
             if start < end:  # mode "clip" reads straight into `out`; the ranges were checked above
-                self._rows[shards[start]].take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
+                path, size, part = self._shards[shards[start]]
+                if path.stat().st_size != size:  # a read beyond the end is a signal that ends the process
+                    raise DamagedCache(f"{path} has changed its size while it is read")
+                part.take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
         if stored.max(initial=0) >= self.meta.vocab_size:
             raise DamagedCache(
                 f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
@@ -239,20 +247,18 @@ class MarCache:
     """
 
     def __init__(self, folder, vocab_size, img_size):
-        folder = Path(folder)
-        class_names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-        self.paths = [p for name in class_names for p in sorted((folder / name).rglob("*.npz"))]
-        if not self.paths:
-            raise ValueError(f"{folder} is no token cache: no meta.json, no CLASS/*.npz")
-        position = {name: label for label, name in enumerate(class_names)}
-        self.names = [p.relative_to(folder).as_posix() for p in self.paths]
-        self.labels = np.array([position[name.split("/")[0]] for name in self.names])
+        try:
+            listed = list_images(folder, endings={".npz"})
+        except ValueError as error:
+            raise ValueError(f"{folder} is no token cache: no meta.json, no CLASS/*.npz ({error})") from None
+        self.names, self.labels, self.left_out = list(listed.names), listed.labels, listed.left_out
+        self.paths = [Path(folder, name) for name in self.names]
         num_tokens = self._load(self.paths[0]).shape[1]
         if int(num_tokens**0.5) ** 2 != num_tokens:
             raise ValueError(f"{self.paths[0]}: {num_tokens} tokens make no square image")
         self.meta = CacheMeta(
             img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
-            class_names=class_names, tokenizer_digest="", num_images=len(self.paths),
+            class_names=listed.class_names, tokenizer_digest="", num_images=len(self.paths),
             shard_size=len(self.paths), names_digest=names_digest(self.names),
         )
 
@@ -318,12 +324,14 @@ def split_cache(cache, val_fraction=None):
     cache and its val/ if it has one, else by `held_out`. The second is None if nothing is held out.
 
     Raises:
-        ValueError: all images are held out, or val/ is incomplete or damaged.
+        ValueError: val/ is incomplete, damaged, or not of the same tokenizer, classes and reading.
     """
     if isinstance(cache, TokenCache) and (cache.folder / "val").is_dir():
-        return cache, TokenCache(cache.folder / "val")
+        val = TokenCache(cache.folder / "val")
+        own = ("num_images", "shard_size", "names_digest", "unreadable")
+        now = {name: value for name, value in cache.meta.as_json().items() if name not in own}
+        refuse_changes(val.folder, val.meta.as_json(), now, f"make {cache.folder} anew")
+        return cache, val
     fraction = val_fraction_of(val_fraction, cache.meta.reading == "published")
-    mask = held_out(cache.names, fraction) if fraction else np.zeros(len(cache), bool)
-    if mask.all():
-        raise ValueError(f"all {len(cache)} images of the token cache are held out: lower --val_fraction")
+    mask = held_out(cache.names, cache.labels, fraction) if fraction else np.zeros(len(cache), bool)
     return (Subset(cache, ~mask), Subset(cache, mask)) if mask.any() else (cache, None)

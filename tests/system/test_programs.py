@@ -1,5 +1,6 @@
 """The programs end to end: from images to samples, from any folder, and reproducibly."""
 
+import argparse
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from processes import finished
 
 from models.lpd import LPD
 from models.weights import read_pth, save_weights
+from util import cli
 from util.logging import read_metrics
 
 PUBLISHED_FLAGS = {
@@ -131,6 +133,35 @@ def test_class_may_be_an_index_a_name_or_a_plain_name(tmp_path):
     by_index, *others = (samples(tmp_path / name, classes=[name]) for name in ("2", "02_rings", "rings"))
     assert list(by_index) == ["images_4_steps/02_rings/00000.png"]
     assert all(difference(by_index, other) == 0 for other in others)
+
+
+@pytest.mark.parametrize(
+    "text,found",
+    [
+        ("2", 4), ("10", 1), ("0", 0), ("crane", "3 and 5"), ("ant", 2), ("07", 6), ("7", 6), ("tench", 7),
+        ("8", "no class"), ("²", "no class"),
+    ],
+)
+def test_a_name_of_a_class_wins_over_an_index_and_is_refused_if_it_is_that_of_two(text, found, capsys):
+    names = ["1", "10", "3_ant", "crane", "2", "crane", "07", "tench"]
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=f"--classes: .*{found}"):
+            cli.find_class("--classes", text, names)
+    else:
+        assert cli.find_class("--classes", text, names) == found
+        said = capsys.readouterr().out
+        other = {"2": ", 4; class 2 is '3_ant'", "7": ", 6; class 7 is 'tench'"}.get(text.lstrip("0"))
+        assert said == (other and f"--classes {text}: the class of that name{other}\n" or "")
+
+
+@pytest.mark.parametrize("text", ["\ufeffcat\r\ndog\r\n a b \r\n", "cat\ndog\na b\n\n"])
+def test_class_names_are_read_as_any_system_writes_them(tmp_path, text):
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    args = argparse.Namespace(class_names=tmp_path / "names.txt")
+    assert cli.class_names(args, 3, {}) == ["cat", "dog", "a b"]
+    (tmp_path / "names.txt").write_bytes(text.encode("utf-16"))
+    with pytest.raises(cli.UsageError, match="--class_names: .*names.txt: "):
+        cli.class_names(args, 3, {})
 
 
 def test_samples_depend_on_the_seed_but_not_on_batch_size_or_compilation(tmp_path):

@@ -20,7 +20,7 @@ from engine.cache import encode_views
 from models.vqgan import VQModel
 from util.folders import list_images, split_folder
 from util.images import load_image
-from util.token_cache import CacheWriter, MarCache, TokenCache, open_token_cache, split_cache
+from util.token_cache import CacheWriter, DamagedCache, MarCache, TokenCache, open_token_cache, split_cache
 
 # The format.
 
@@ -211,6 +211,39 @@ def test_images_skipped_on_request_are_listed_and_all_others_cached(tmp_path, da
     assert np.array_equal(cache.tokens(np.arange(16), ones), whole.tokens(kept, ones))
 
 
+def test_names_of_any_kind_are_kept(tmp_path):
+    """File names are bytes; those that are no UTF-8 are shown with escapes."""
+    helpers.write_images(tmp_path / "images", 2)
+    class_name = os.fsdecode(b"caf\xe9 [ {big} ]")
+    (tmp_path / "images/01_noise").rename(tmp_path / "images" / class_name)
+    data = {"data_path": tmp_path / "images"}
+    python = (helpers.REPO / "main_cache.py", *cache_flags(tmp_path / "cache", **data))
+    assert "6 images" in finished(helpers.python(*python)).out
+    assert "complete already" in finished(call("cache", *cache_flags(tmp_path / "cache", **data))).out
+    train = helpers.train_flags(tmp_path / "run", cached_path=tmp_path / "cache", epochs=1, val_fraction=0.4)
+    finished(call("lpd", *train))
+    sample = {"pretrained_ckpt": tmp_path / "run", "classes": [class_name]}
+    finished(call("sample", *helpers.sample_flags(tmp_path / "samples", **sample)))
+    assert (tmp_path / "samples/images_4_steps" / class_name).is_dir()
+
+
+def test_shard_truncated_in_training_ends_it_in_one_line(tmp_path):
+    """Without a look at its size reading it would end the process by a signal, or give zeros."""
+    shutil.copytree(helpers.token_cache(), tmp_path / "cache")
+    cache = TokenCache(tmp_path / "cache")
+    os.truncate(tmp_path / "cache/shard-00001.tokens.npy", 0)
+    assert cache.tokens([0], [0]).shape == (1, 16)
+    with pytest.raises(DamagedCache, match="00001.tokens.npy has changed its size"):
+        cache.tokens([0, 8], [0, 0])
+
+
+def test_val_of_another_tokenizer_is_refused(tmp_path):
+    shutil.copytree(helpers.token_cache(), tmp_path / "cache")
+    edit_meta(tmp_path / "cache/val", tokenizer_digest="0123")
+    refused(call("lpd", *helpers.train_flags(tmp_path / "run", cached_path=tmp_path / "cache")), "cache/val",
+            "tokenizer_digest 0123", "make")
+
+
 # The MAR style.
 
 
@@ -232,6 +265,8 @@ def mar_flags(mar_folder, cached_path, **changes):
 
 
 def test_mar_folder_is_read_and_converted_as_the_same_tokens_and_labels(tmp_path, mar_folder):
+    (mar_folder / ".ipynb_checkpoints").mkdir()
+    (mar_folder / "00").mkdir()
     finished(call("cache", *mar_flags(mar_folder, tmp_path / "cache")))
     mar = open_token_cache(mar_folder, vocab_size=64, img_size=SIZE)
     assert isinstance(mar, MarCache)

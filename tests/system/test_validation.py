@@ -59,6 +59,14 @@ def test_validation_loss_is_logged_plotted_and_the_same_on_two_processes(tmp_pat
     assert picture(tmp_path / "one/loss.png").std() > 0
 
 
+def test_validation_takes_the_images_there_are(tmp_path):
+    """One image, and more schedules than images."""
+    for case, loss in (("1", 0), ("4", 3)):
+        source = type("Few", (Source,), {"num_images": int(case)})()
+        config = dataclasses.replace(CONFIG, schedules=(*CONFIG.schedules, 5, 6, 7))
+        assert validation(source, config, ALONE)(new_state(CONFIG, ALONE.device).model.eval()) > loss
+
+
 def test_validation_does_not_change_what_is_learned(tmp_path):
     flags = {"epochs": 1, "ema": 0.9}
     for freq in (0, 0.2):
@@ -101,6 +109,26 @@ def test_schedules_are_kept_as_numbers_of_steps_where_these_say_it_all():
     assert [sum(sizes) for sizes in config.group_sizes] == [16] * 4
 
 
+def test_epochs_of_the_schedule_are_in_proportion_to_those_of_the_run():
+    given = {"warmup_epochs": None, "lr_decay_start_epoch": None, "lr_schedule": "constant+cosine"}
+    for epochs, phases in ((450.0, (50.0, 400.0)), (4.5, (0.5, 4.0))):
+        config = dataclasses.replace(CONFIG, epochs=epochs, **given)
+        assert (config.warmup_epochs, config.lr_decay_start_epoch) == phases
+
+
+def test_finished_run_continues_with_more_epochs_and_has_a_checkpoint_of_each_fraction(tmp_path):
+    """Two steps an epoch; the schedule is that of the longer run."""
+    flags = {"warmup_epochs": None, "lr_schedule": None, "batch_size": 9, "save_intermediate_freq": 0.5}
+    finished(call("lpd", *train_flags(tmp_path, epochs=1, **flags)))
+    finished(call("lpd", *train_flags(tmp_path, epochs=2, **flags)))
+    numbered = {path.name: read_pth(path)["step"] for path in tmp_path.glob("checkpoint-[0-9]*.pth")}
+    assert numbered == {f"checkpoint-{step / 2:g}.pth": step for step in (1, 2, 3, 4)}
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    for change in ({"epochs": 1}, {"epochs": 2, "warmup_epochs": 1}, {"epochs": 3, "lr": 1e-4}):
+        outcome = call("lpd", *train_flags(tmp_path, **{**flags, **change}))
+        assert outcome.status == 2 and f"made with {[*change][-1]} " in outcome.err
+
+
 # Tokenizers.
 
 
@@ -114,7 +142,7 @@ def test_tokenizer_has_weights_with_its_checkpoint_and_continues_for_more_epochs
     finished(call("tokenizer", *tokenizer_flags(tmp_path, epochs=2)))
     assert [line["step"] for line in read_metrics(tmp_path)][-1] == read_pth(tmp_path / LAST)["step"] == 6
     outcome = call("tokenizer", *tokenizer_flags(tmp_path, epochs=1))
-    assert outcome.status == 2 and "has 6 steps, more than 3" in outcome.err
+    assert outcome.status == 2 and "made with epochs 2.0, now it is 1.0" in outcome.err
     starts = [json.loads(line)["step"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert starts == [0, 3]
 
