@@ -14,12 +14,13 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from PIL import ImageColor
 
 from util import files, folders
+from util.device import NoDevice
 from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
@@ -142,7 +143,8 @@ def add_device_flag(parser):
 def add_device_flags(parser):
     """--device and --num_workers."""
     add_device_flag(parser)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # macOS cannot tell
+    cores = len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parser.add_argument(
         "--num_workers", type=number(int, 0), default=max(1, min(4, cores)), help="processes that read images"
     )
@@ -295,6 +297,8 @@ def writable_folder(flag, path):
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if files.is_machine_trouble(error):
+            raise
         raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
     return path
 
@@ -352,10 +356,13 @@ def find_class(flag, text, names):
 
 @contextmanager
 def checking(prefix=""):
-    """Inside it a ValueError or OSError is the user's mistake; its message gets the prefix."""
+    """Inside it a ValueError or OSError is the user's mistake, and its message gets the prefix, unless it is
+    `files.is_machine_trouble`."""
     try:
         yield
     except (ValueError, OSError) as error:
+        if files.is_machine_trouble(error):
+            raise
         raise UsageError(f"{prefix}{error}") from error
 
 
@@ -373,7 +380,7 @@ def sole_writer(flag, folder, world):
 
 # How a program ends.
 
-ONE_LINE = (UsageError, Failure, UnreadableImage, DamagedCache, OSError, files.FolderInUse)
+ONE_LINE = (UsageError, Failure, NoDevice, UnreadableImage, DamagedCache, OSError, files.FolderInUse)
 PEER_LOST = 75
 
 
@@ -382,16 +389,39 @@ def run(main):
     disks, are one line without a traceback."""
     try:
         with ending_workers():
+            _check_working_directory()
             main()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stop}", file=sys.stderr)
+            _say(f"stopped: {stop}")
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        report(f"error: {error}" if isinstance(error, ONE_LINE) else traceback.format_exc().strip(), error)
+        known = isinstance(error, ONE_LINE)
+        report(f"error: {_line(error)}" if known else traceback.format_exc().strip(), error)
         sys.exit(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
+
+
+def _check_working_directory():
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working directory is deleted: cd to one that exists") from None
+
+
+def _line(error):
+    """An error's message; an OSError that names no file gets what its code worked on."""
+    if not isinstance(error, OSError) or error.filename or not error.errno:
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    semaphores = place.filename.endswith("multiprocessing/synchronize.py")  # of queues between processes
+    return f"{error}: {'/dev/shm' if semaphores else f'{place.filename}, line {place.lineno}'}"
+
+
+def _say(message):
+    with suppress(OSError):  # a terminal that is closed
+        print(message, file=sys.stderr, flush=True)
 
 
 def report(message, error):
@@ -405,7 +435,7 @@ def report(message, error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         message = f"error: {describe_loss(error)}"
     if not error_file:
-        print(message, file=sys.stderr)
+        _say(message)
     else:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

@@ -9,21 +9,31 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def children():
+    """The ids of this process's children."""
+    if Path("/proc/self/task").exists():
+        lists = Path("/proc/self/task").glob("*/children")
+        return [int(pid) for text in lists for pid in text.read_text().split()]
+    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True).stdout  # macOS
+    return [int(pid) for parent, pid in map(str.split, table.splitlines()) if int(parent) == os.getpid()]
 
 
 def forward(number, frame):
     """Signal handler: send the signal on to the workers, which are this process's children."""
-    lists = Path("/proc/self/task").glob("*/children")
-    workers = [int(pid) for text in lists for pid in text.read_text().split()]
+    workers = children()
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -45,7 +55,10 @@ def report(error):
 
 
 def main():
-    config, program, words = config_from_args(parse_args(sys.argv[1:]))
+    args = parse_args(sys.argv[1:])
+    if args.nnodes == "1":
+        args.master_addr, args.master_port = "127.0.0.1", get_free_port()  # nobody else needs to know it
+    config, program, words = config_from_args(args)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     status = []
 
@@ -55,9 +68,12 @@ def main():
             status.append(0)
         except ChildFailedError as error:
             status.append(report(error))
+        except Exception as error:  # such as a port in use
+            print(f"error: {config.rdzv_endpoint}: {str(error).splitlines()[0]}", file=sys.stderr)
 
     for number in FORWARDED:
-        signal.signal(number, forward)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
+            signal.signal(number, forward)
     thread = threading.Thread(target=launch, daemon=True)  # there torchrun leaves signals alone
     thread.start()
     thread.join()
