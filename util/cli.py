@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from PIL import ImageColor
 
 from util import files, folders
-from util.device import NoDevice
 from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
@@ -380,7 +379,7 @@ def sole_writer(flag, folder, world):
 
 # How a program ends.
 
-ONE_LINE = (UsageError, Failure, NoDevice, UnreadableImage, DamagedCache, OSError, files.FolderInUse)
+ONE_LINE = (UsageError, Failure, UnreadableImage, DamagedCache, OSError, files.FolderInUse)
 PEER_LOST = 75
 
 
@@ -389,11 +388,10 @@ def run(main):
     disks, are one line without a traceback."""
     try:
         with ending_workers():
-            _check_working_directory()
             main()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            _say(f"stopped: {stop}")
+            print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -403,25 +401,12 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
 
 
-def _check_working_directory():
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise UsageError("the working directory is deleted: cd to one that exists") from None
-
-
 def _line(error):
-    """An error's message; an OSError that names no file gets what its code worked on."""
+    """An error's message; an OSError that names no file gets the code it comes from."""
     if not isinstance(error, OSError) or error.filename or not error.errno:
         return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    semaphores = place.filename.endswith("multiprocessing/synchronize.py")  # of queues between processes
-    return f"{error}: {'/dev/shm' if semaphores else f'{place.filename}, line {place.lineno}'}"
-
-
-def _say(message):
-    with suppress(OSError):  # a terminal that is closed
-        print(message, file=sys.stderr, flush=True)
+    code = traceback.extract_tb(error.__traceback__)[-1].filename
+    return f"{error}: {'/dev/shm' if code.endswith('synchronize.py') else code}"
 
 
 def report(message, error):
@@ -435,7 +420,7 @@ def report(message, error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         message = f"error: {describe_loss(error)}"
     if not error_file:
-        _say(message)
+        print(message, file=sys.stderr)
     else:
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))

@@ -22,16 +22,16 @@ UMASK = os.umask(0o077)  # asking for it sets it: once, while there is no other 
 os.umask(UMASK)
 
 
-# Errors about what a path names: the user's, unlike those of a machine, which may not come again elsewhere or
-# later. What libraries say of a file's contents has no number.
-_OF_PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-_OF_PATHS_TOO = (None, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+_OF_PATHS = (
+    None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # None: what a library says of a file's contents
 
 
 def is_machine_trouble(error):
-    """Whether an error is this machine's trouble: a failing disk, a stale handle, no memory, no free file."""
-    of_a_path = isinstance(error, _OF_PATHS) or getattr(error, "errno", None) in _OF_PATHS_TOO
-    return isinstance(error, OSError) and not of_a_path
+    """Whether an error is not about a path or a file, but may be gone elsewhere or later: a failing or full
+    disk, a stale handle, no memory."""
+    return isinstance(error, OSError) and error.errno not in _OF_PATHS
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Images: files to RGB, ADM's centre crop, pixels as uint8 [H, W, 3] or float in [-1, 1], regions."""
 
 import io
+import multiprocessing
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,8 @@ def image_loader(folder, size, batches, num_workers):
     It has a generator of its own, so that it draws nothing from the global one, which seeds dropout.
     """
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
+    if num_workers:
+        multiprocessing.Lock()  # a DataLoader without shared memory fails in two ways at once
     return torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
         generator=torch.Generator(), worker_init_fn=start_worker,

@@ -69,10 +69,8 @@ class Attempt:
 
     def is_refused_by_all(self, rank, machines, seconds):
         """Whether the command is wrong usage on every machine, not only here or after an earlier attempt."""
-        if self.number:
-            return False
         Path(self.folder, f"{self.job_id}_refused_{rank}").touch()
-        for _ in range(seconds):
+        for _ in range(0 if self.number else seconds):
             if len([*Path(self.folder).glob(f"{self.job_id}_refused_*")]) == machines:
                 return True
             time.sleep(1)

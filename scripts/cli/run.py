@@ -115,7 +115,7 @@ def sbatch_settings(args, code=REPO):
         "job_name": args.job_name, "partition": args.partition, "account": args.account, "nodes": args.nodes,
         "ntasks_per_node": 1, "gpus_per_node": args.gpus_per_node or None, "time": args.time, "qos": args.qos,
         "constraint": args.constraint, "signal_delay_s": args.grace,
-        "additional_parameters": {"requeue": True, **dict(args.sbatch or []), "chdir": str(code)},
+        "additional_parameters": {"requeue": True, **dict(args.sbatch or [])},
         "srun_args": ["--kill-on-bad-exit=1", "--cpu-bind=none"],
         "setup": [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
         "teardown": [f"status=$?; ((status == 0)) || exec {shlex.join(after_failure)} $status"],
@@ -162,7 +162,9 @@ def submit(args):
     jobs.mkdir(parents=True, exist_ok=True)
     job, code = code_of_job(args)
     executor = submitit.SlurmExecutor(jobs)
-    executor.update_parameters(**sbatch_settings(args, code))
+    settings = sbatch_settings(args, code)
+    settings["additional_parameters"]["chdir"] = str(code)
+    executor.update_parameters(**settings)
     if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
         print(f"not used: {', '.join(unused)} of the environment, only flags are", file=sys.stderr)
     kept = {name: os.environ[name] for name in OF_SLURM if name in os.environ}
