@@ -21,16 +21,15 @@ _NEXT_LINE = re.compile(r"\n\s*")
 UMASK = os.umask(0o077)  # asking for it sets it: once, while there is no other thread
 os.umask(UMASK)
 
-
 _OF_PATHS = (
-    None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP,
-)  # None: what a library says of a file's contents
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, None,  # what a library says of a file's contents has no number
+)
 
 
 def is_machine_trouble(error):
-    """Whether an error is not about a path or a file, but may be gone elsewhere or later: a failing or full
-    disk, a stale handle, no memory."""
+    """Whether an error says nothing of what a path names and may be gone elsewhere or later: a failing or
+    full disk, a stale handle, no memory."""
     return isinstance(error, OSError) and error.errno not in _OF_PATHS
 
 
@@ -51,20 +50,13 @@ def _leftovers(folder):
     return sorted(folder.glob(".*.tmp"))
 
 
-def _is_running(pid):
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
-    return True
-
-
 def _remove_leftovers(path):
     """Remove the temporary files of killed processes that were writing `path`: those of this machine, and all
-    if this process is the folder's sole writer."""
+    if this process is the folder's sole writer. (macOS has no /proc: there nobody is known to be dead.)"""
     for partial in _leftovers(path.parent):
         if match := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)-(.*)\.tmp", partial.name):
-            gone = match[2] == socket.gethostname() and not _is_running(int(match[1]))
+            pids = Path("/proc")
+            gone = match[2] == socket.gethostname() and pids.exists() and not (pids / match[1]).exists()
             if gone or _holds(path):
                 partial.unlink(missing_ok=True)
 

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,22 +21,14 @@ from torch.distributed.run import config_from_args, parse_args
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def children():
-    """The ids of this process's children."""
-    if Path("/proc/self/task").exists():
-        lists = Path("/proc/self/task").glob("*/children")
-        return [int(pid) for text in lists for pid in text.read_text().split()]
-    table = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True).stdout  # macOS
-    return [int(pid) for parent, pid in map(str.split, table.splitlines()) if int(parent) == os.getpid()]
-
-
 def forward(number, frame):
     """Signal handler: send the signal on to the workers, which are this process's children."""
-    workers = children()
+    lists = Path("/proc/self/task").glob("*/children")
+    workers = [int(pid) for text in lists for pid in text.read_text().split()]
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    if not workers:  # not started yet, or already ended
+    if not workers:  # not started yet or already ended; on macOS not found, but they miss this process then
         sys.exit(128 + number)
 
 

@@ -28,7 +28,6 @@ from util.logging import COMMIT, git_commit
 
 REPO = Path(__file__).resolve().parents[2]
 CODE = (".py", ".sh")
-OF_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # where the cluster is, not which job this is
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -167,7 +166,7 @@ def submit(args):
     executor.update_parameters(**settings)
     if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
         print(f"not used: {', '.join(unused)} of the environment, only flags are", file=sys.stderr)
-    kept = {name: os.environ[name] for name in OF_SLURM if name in os.environ}
+    kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_JWT") if name in os.environ}
     try:
         with submitit.helpers.clean_env(("CUDA_VISIBLE_DEVICES",)):  # of the job that this may run in
             os.environ.update(kept)
