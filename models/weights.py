@@ -92,10 +92,9 @@ def read_pth(path):
         OSError: the file cannot be opened.
     """
     try:
-        with naming(path), open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
                 raise ValueError(f"the checksum of {part} is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise

@@ -29,12 +29,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 SLOW_CONSUMER = """
-import sys, time
+import multiprocessing, pathlib, sys, time
 from util.folders import list_images
-from util.images import image_loader, in_order
+from util.images import image_loader, in_order, readable_pixels
+multiprocessing.set_start_method(sys.argv[4])
 folder = list_images(sys.argv[1])
 loader = image_loader(folder, 256, in_order(list(range(len(folder))) * 100, 8), int(sys.argv[2]))
 for items in loader:
+    readable_pixels(items)
+    pathlib.Path(sys.argv[3]).touch()
     time.sleep(1000)
 """
 
@@ -85,10 +88,12 @@ def assert_nothing_outlives(program, number, processes, working):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_worker_that_waits_for_its_killed_program_to_read_ends(workers):
-    """The pipe between them is full."""
-    program = start("-c", SLOW_CONSUMER, helpers.images() / "train", workers)
+@pytest.mark.parametrize("method,workers", [("fork", 1), ("fork", 3), ("forkserver", 2), ("spawn", 2)])
+def test_worker_reads_and_ends_when_its_program_is_killed(method, workers, tmp_path):
+    """However it was started. The pipe between them is full."""
+    read = tmp_path / "read"
+    program = start("-c", SLOW_CONSUMER, helpers.images() / "train", workers, read, method)
+    assert wait_for(lambda: read.exists() or program.poll() is not None, 120) and program.poll() is None
     assert_nothing_outlives(program, signal.SIGKILL, workers, working=2)
 
 
