@@ -23,7 +23,8 @@ os.umask(UMASK)
 
 _OF_PATHS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENAMETOOLONG, errno.ELOOP, None,  # what a library says of a file's contents has no number
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,  # a damaged file names places in it that cannot be
+    None,  # what a library says of a file's contents has no number
 )
 
 

@@ -178,10 +178,10 @@ def test_restarted_run_is_one_run_of_wandb_and_another_folder_another(tmp_path, 
     fake = type("wandb", (), {"init": lambda **given: (started.append(given), run)[1]})
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with monkeypatch.context() as patch:
-        interrupt_step(patch, 3)
-        call("lpd", *train_flags(tmp_path / "a", use_wandb=True, save_last_freq=0))
+        interrupt_step(patch, 1)
+        call("lpd", *train_flags(tmp_path / "a", use_wandb=True, epochs=0.5))
     for name in "ab":
-        finished(call("lpd", *train_flags(tmp_path / name, use_wandb=True)))
+        finished(call("lpd", *train_flags(tmp_path / name, use_wandb=True, epochs=0.5)))
     first, again, other = (given["id"] for given in started)
     assert first == again != other and all(given["resume"] == "allow" for given in started)
 
