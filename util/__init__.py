@@ -1,4 +1,4 @@
-"""The ground floor that all may use."""
+"""The ground floor: flags, processes, devices, files, images, the token cache, pictures, logs."""
 
 import os
 import sys
