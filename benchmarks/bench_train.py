@@ -95,7 +95,7 @@ def variant(args, config, world, name):
     state.model.train()
     loss_of = state.model.loss
     if world.size > 1:
-        loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
+        loss_of = DistributedDataParallel(LossForDDP(state.model))
     tokens = torch.randint(config.model.vocab_size, (args.batch_size, config.model.num_tokens))
     labels = torch.randint(config.model.num_classes, (args.batch_size,))
     batch = tokens.to(world.device), labels.to(world.device)

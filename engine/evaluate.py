@@ -189,6 +189,8 @@ def evaluate(spec, output_dir, model, tokenizer, world, generate=None):
     missing = gather_objects(None if files.result.exists() else files.missing())[0]
     if missing is not None:
         if world.is_main:
+            if files.chunks.exists() and not files.protocol.exists():
+                shutil.rmtree(files.chunks)
             write_json(files.protocol, spec.protocol)
             if spec.sink.folder:
                 write_json(spec.sink.folder / MARKER, spec.protocol)
@@ -327,8 +329,9 @@ class OutputFiles:
         return self.chunks / f"chunk-{index:05d}.npz"
 
     def missing(self):
-        """The indices of the chunks that do not exist."""
-        return [index for index in range(self.num_chunks) if not self.chunk(index).exists()]
+        """The indices of the chunks that do not exist; without the protocol no chunk's settings are known."""
+        known = self.protocol.exists()
+        return [index for index in range(self.num_chunks) if not (known and self.chunk(index).exists())]
 
     def ids(self, index):
         """The image numbers of a chunk, int64 [n]: whole batches, except in the last one."""

@@ -107,7 +107,7 @@ def run_training(state, training, run, world, log):
                 distributed.barrier()  # the first process to exit ends the others, and must have saved
                 raise distributed.Stopped(stop, f"{LAST} holds step {state.step} of {steps}")
             for hook in hooks:
-                with state.averaged():
+                with state.averaged(), distributed.main_alone():  # metrics, pictures
                     hook(state, log)
             if to_log:
                 progress.restart_clock()

@@ -38,9 +38,9 @@ def start_run(output_dir, state, steps, data, world, *, tensorboard=False, wandb
         place = {"device": device_name(world.device), "precision": precision, "processes": world.size}
         record_start(output_dir, step=state.step, steps=steps, **place, data=data)
     if tensorboard:
-        listeners.append(tensorboard_listener(output_dir))
+        listeners.append(tensorboard_listener(output_dir, state.step))
     if wandb:
-        listeners.append(wandb_listener(*wandb, settings))
+        listeners.append(wandb_listener(output_dir, *wandb, settings))
     return MetricsLog(output_dir, resume_step=state.step, listeners=listeners)
 
 
@@ -121,7 +121,7 @@ def print_result(result):
     seconds = result["seconds"]["generate"] + result["seconds"]["decode"]
     table = {name: result[name] for name in ("order", "steps", "cfg", "num_images")} | result["metrics"]
     for name, value in {**table, "seconds_per_image": seconds / result["num_images"]}.items():
-        print(f"{name:<24}{value if isinstance(value, (int, str)) else format(value, '.5g')}")
+        print(f"{name:<23} {value if isinstance(value, (int, str)) else format(value, '.5g')}")
     for line in result["warnings"]:
         print(f"warning: {line}")
     if not result["reference_digest"]:

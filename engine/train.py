@@ -255,7 +255,7 @@ def train(state, sources, run, world, log, info):
     rest is as in `run_training`."""
     config, loss_of, (source, *held_out) = state.config, state.model.loss, sources
     if world.size > 1:
-        loss_of = DistributedDataParallel(LossForDDP(state.model), broadcast_buffers=False)
+        loss_of = DistributedDataParallel(LossForDDP(state.model))
     state.model.train()
     if world.size > 1:
         rehearse(state, loss_of, world, run.accum_iter)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from util.files import atomic, read_json, write_json
+from util.files import atomic, is_machine_trouble, naming, read_json, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt"), (".npy", ".json")
@@ -92,16 +92,17 @@ def read_pth(path):
         OSError: the file cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
                 raise ValueError(f"the checksum of {part} is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, not plain weights ({_reason(error)})") from None
     except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
+        if is_machine_trouble(error):
+            raise
         raise ValueError(f"{path}: damaged or no checkpoint ({_reason(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")

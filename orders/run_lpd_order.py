@@ -4,8 +4,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import signal
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from orders.lpd_order import LARGEST_GRID, ORDER_KINDS, make_orders
 from orders.order_file import check_suffix, load_orders, meta_path, save_orders
 from orders.schedule import check_group_sizes, cosine_group_sizes
 from util import cli
+from util.distributed import start_worker
 from util.files import read_json
 
 CELLS_PER_BATCH = 1 << 18  # one task of a process, about a tenth of a second
@@ -86,7 +85,7 @@ def generate_orders(num_orders, workers, settings):
     num_batches = num_orders * settings["grid_size"] ** 2 // CELLS_PER_BATCH + 1
     batches = np.array_split(np.arange(num_orders), min(num_batches, num_orders))
     context = multiprocessing.get_context("fork")  # spawned workers would import torch with this program
-    pool = ProcessPoolExecutor(min(workers, len(batches)), context, _follow_parent)
+    pool = ProcessPoolExecutor(min(workers, len(batches)), context, start_worker)
     try:
         yield from pool.map(functools.partial(_orders_of, settings), batches)
     finally:
@@ -95,13 +94,6 @@ def generate_orders(num_orders, workers, settings):
 
 def _orders_of(settings, image_ids):
     return make_orders(n=len(image_ids), image_ids=image_ids, **settings)
-
-
-def _follow_parent():
-    """In a worker: leave Ctrl-C to the parent, and end when the parent ends, however that happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def main(argv=None):

@@ -39,7 +39,11 @@ from_slurm() { # in a job step of your own: one task per machine; variables that
     ((SLURM_STEP_NUM_TASKS == SLURM_STEP_NUM_NODES)) || usage_error \
         "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES machines: --ntasks-per-node=1 is needed"
     NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+    ((NNODES > 1)) || return 0
+    if [[ -z ${MASTER_ADDR:-} ]]; then
+        MASTER_ADDR=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1) ||
+            usage_error "scontrol does not name the machines of $SLURM_STEP_NODELIST: set MASTER_ADDR to the first"
+    fi
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 }
 
@@ -51,7 +55,8 @@ set_processes() { # sets NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NGPU
         require_set MASTER_ADDR "with NNODES=$NNODES, the address of the first machine"
         require_set NODE_RANK "with NNODES=$NNODES, this machine's number from 0"
     fi
-    NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+    export NNODES NODE_RANK=${NODE_RANK:-0} # for scripts/sweep.py
+    MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
     if [[ -z ${NGPU:-} ]]; then
         NGPU=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
             usage_error "NGPU is not set and $python cannot count the GPUs"
@@ -97,7 +102,7 @@ train_lpd() { # train_lpd GLOBAL_BATCH MOST FLAGS...: what all published trainin
     set_batch "$global_batch"
     launch --use_cached --cached_path "$CACHED_PATH" --vqgan_path "$VQGAN_PATH" \
         --output_dir "$OUTPUT_DIR" \
-        --val_fraction 0 --batch_size "$batch_size" --accum_iter "$accum_iter" --blr 1e-4 --min_lr 1e-5 \
+        --device cuda --val_fraction 0 --batch_size "$batch_size" --accum_iter "$accum_iter" --blr 1e-4 --min_lr 1e-5 \
         --weight_decay 0.02 --grad_clip 3.0 --label_drop_prob 0.1 --bf16 "$@"
 }
 
@@ -114,5 +119,5 @@ eval_lpd() { # eval_lpd ORDERS FLAGS...: FID and IS of 50,000 images made with t
     set_processes
     launch --evaluate --pretrained_ckpt "$PRETRAINED_CKPT" --vqgan_path "$VQGAN_PATH" \
         --fid_stats "$FID_STATS" --output_dir "$OUTPUT_DIR" --lpd_order_file "$LPD_ORDER_FILE" \
-        --num_images 50000 --eval_bsz 64 --cfg_schedule linear --temperature 1.0 --bf16 "$@"
+        --device cuda --num_images 50000 --eval_bsz 64 --cfg_schedule linear --temperature 1.0 --bf16 "$@"
 }

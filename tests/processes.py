@@ -174,9 +174,8 @@ def background(*words, **pipes):
 
 
 def agent(count, *words):
-    """Run a program's processes under scripts/cli/agent.py, on a port that is free."""
-    free = "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"
-    return python(REPO / "scripts/cli/agent.py", *free, "--nproc_per_node", count, *words)
+    """Run a program's processes under scripts/cli/agent.py."""
+    return python(REPO / "scripts/cli/agent.py", "--nnodes", 1, "--nproc_per_node", count, *words)
 
 
 def free_port():

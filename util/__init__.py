@@ -1,1 +1,10 @@
 """The ground floor: flags, processes, devices, files, images, the token cache, pictures, logs."""
+
+import os
+import sys
+
+try:
+    os.getcwd()
+except FileNotFoundError:  # torch could not be imported, and would not say why
+    print("error: the working directory is deleted: cd to one that exists", file=sys.stderr)
+    sys.exit(2)

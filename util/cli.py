@@ -142,7 +142,8 @@ def add_device_flag(parser):
 def add_device_flags(parser):
     """--device and --num_workers."""
     add_device_flag(parser)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # macOS cannot tell
+    cores = len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parser.add_argument(
         "--num_workers", type=number(int, 0), default=max(1, min(4, cores)), help="processes that read images"
     )
@@ -295,6 +296,8 @@ def writable_folder(flag, path):
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if files.is_machine_trouble(error):
+            raise
         raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
     return path
 
@@ -363,10 +366,13 @@ def find_class(flag, text, names):
 
 @contextmanager
 def checking(prefix=""):
-    """Inside it a ValueError or OSError is the user's mistake; its message gets the prefix."""
+    """Inside it a ValueError or OSError is the user's mistake, and its message gets the prefix, unless it is
+    `files.is_machine_trouble`."""
     try:
         yield
     except (ValueError, OSError) as error:
+        if files.is_machine_trouble(error):
+            raise
         raise UsageError(f"{prefix}{error}") from error
 
 

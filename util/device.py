@@ -1,32 +1,48 @@
 """Devices: which one to use, moving tensors, timing, and CUDA graphs. Device names are chosen only here."""
 
+import errno
+import os
 import time
 
 import torch
+
+COPIES = ("SLURM_STEP_NUM_TASKS", "NNODES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, run.py and mpirun
 
 
 def choose_device(name="auto", local_rank=0):
     """A torch device by name; auto takes a GPU if there is one.
 
     Raises:
-        ValueError: the named device is not available.
+        ValueError: no such name, or copies of this process would do the same work.
+        OSError: this machine lacks the device (ENODEV).
     """
+    refuse_copies()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    here = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind not in here:
         raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, mps")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA GPU is available here")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: no such GPU is available here")
+    if not here[kind]():
+        raise OSError(errno.ENODEV, "no such GPU is available here", f"--device {name}")
     if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise OSError(errno.ENODEV, f"only {count} GPUs are here", f"local rank {local_rank}")
         name = f"cuda:{local_rank}"
     if kind == "cuda":
         torch.cuda.set_device(name)
     return torch.device(name)
+
+
+def refuse_copies():
+    """Refuse to be one of several processes that a launcher started alike: each would do all the work."""
+    one_of_its_kind = "RANK" in os.environ or "SLURM_PTY_PORT" in os.environ  # torchrun's; of `srun --pty`
+    for name in () if one_of_its_kind else COPIES:
+        if int(copies := os.environ.get(name, 1)) > 1:
+            raise ValueError(
+                f"{name} is {copies}: so many copies of this program would all do the same work; start one, "
+                "or one torchrun on each machine, as scripts/common.sh does"
+            )
 
 
 def is_cuda(device):

@@ -21,7 +21,7 @@ import torch.distributed.nn  # now: imported with a process group there, it woul
 
 from util.device import choose_device
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def init(device_name="auto", timeout=10):
         return World(0, 1, device)
     if not torch.distributed.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher that is killed cannot stop its processes
-            _follow(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+            threading.Thread(target=_follow_launcher, args=[os.getppid()], daemon=True).start()
         # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout))
@@ -80,6 +80,17 @@ def barrier():
     """Wait for all processes."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+@contextmanager
+def main_alone(hours=12):
+    """Inside it the others wait hours for the main process, not `init`'s timeout; its death they notice."""
+    several = torch.distributed.is_initialized()
+    group = several and torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=hours))
+    yield
+    if several:
+        torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)
 
 
 def all_sum(tensor):
@@ -201,7 +212,8 @@ class StopRequest:
 
     def __enter__(self):
         self.number = 0
-        self._previous = {each: signal.signal(each, self._note) for each in STOP_SIGNALS}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous = {each: signal.signal(each, self._note) for each in {*STOP_SIGNALS} - nohup}
         return self
 
     def _note(self, number, frame):
@@ -219,27 +231,23 @@ class StopRequest:
 # Processes that must not outlive another.
 
 
-def _follow(parent, act):
-    """Call `act()` once this process has lost the parent process of that id, from a thread of its own."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        act()
-
-    threading.Thread(target=watch, daemon=True).start()
+def _follow_launcher(pid):
+    while os.getppid() == pid:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_worker(*_):
-    """Begin a worker process that reads images: it leaves stop signals to its parent process, and ends when
-    that is gone, whatever it is doing.
+    """Begin a worker process, forked, spawned or of a fork server: it leaves stop signals to the process that
+    wants it, and ends when that is gone, whatever it is doing.
 
     Without this a worker whose parent was killed stays for ever once the pipe to it is full: the thread that
     writes waits for a reader, of which the worker itself holds an end, and the worker for that thread.
     """
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    _follow(multiprocessing.parent_process().pid, lambda: os._exit(1))
+    parent = multiprocessing.parent_process()  # not getppid(): a fork server is in between
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -10,6 +9,7 @@ import re
 import socket
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,48 @@ import numpy as np
 SHOWN = 80  # characters of a value in a message
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+UMASK = os.umask(0o077)  # asking for it sets it: once, while there is no other thread
+os.umask(UMASK)
+
+_OF_PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,  # a damaged file names places in it that cannot be
+    None,  # what a library says of a file's contents has no number
+)
+
+
+def is_machine_trouble(error):
+    """Whether an error says nothing of what a path names and may be gone elsewhere or later: a failing or
+    full disk, a stale handle, no memory."""
+    return isinstance(error, OSError) and error.errno not in _OF_PATHS
+
+
+@contextmanager
+def naming(path):
+    """Inside it an OSError names the file also if reading or writing it has failed, not opening."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno:
+            error.filename = error.filename or str(path)
+        raise
+
+
+@cache
+def _leftovers(folder):
+    """The temporary files in a folder when this process first writes there."""
+    return sorted(folder.glob(".*.tmp"))
 
 
 def _remove_leftovers(path):
     """Remove the temporary files of killed processes that were writing `path`: those of this machine, and all
-    if this process is the folder's sole writer."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid, _, host = partial.name[len(path.name) + 2 : -4].partition("-")
-        gone = host == socket.gethostname() and not Path("/proc", pid).exists()
-        if pid.isdigit() and (gone or _holds(path)):
-            partial.unlink(missing_ok=True)
+    if this process is the folder's sole writer. (macOS has no /proc: there nobody is known to be dead.)"""
+    for partial in _leftovers(path.parent):
+        if match := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)-(.*)\.tmp", partial.name):
+            pids = Path("/proc")
+            gone = match[2] == socket.gethostname() and pids.exists() and not (pids / match[1]).exists()
+            if gone or _holds(path):
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,7 +76,7 @@ def atomic(path):
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        partial.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner may read
         check_owner(path)
         partial.replace(path)
     except OSError as error:
@@ -134,8 +162,10 @@ def check_owner(path):
     """
     for folder in _holds(path):
         me, owner = _held[folder], _owner_of(folder)
+        if not owner:
+            raise FolderInUse(f"{folder / '.owner'} is gone, perhaps with its folder: {me} writes no more")
         if owner != me:
-            raise FolderInUse(f"{folder} is taken over by {owner or 'another run'}: {me} writes no more")
+            raise FolderInUse(f"{folder} is taken over by {owner}: {me} writes no more")
 
 
 def _holds(path):
@@ -166,7 +196,8 @@ def read_json(path):
         ValueError: not JSON; the message names the file. OSError: it cannot be opened.
     """
     try:
-        return json.loads(Path(path).read_text())
+        with naming(path):
+            return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError too
         raise ValueError(f"{path}: no readable JSON ({error})") from None
 
@@ -180,8 +211,9 @@ def file_digest(path):
     """16 hex digits that identify a file's contents."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        with naming(path):
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -231,10 +263,11 @@ def _short(value):
 def _one_line_errors(path, what):
     """Damaged bytes fail in many ways; all become a ValueError of one line that names the file."""
     try:
-        yield
-    except FileNotFoundError:
-        raise
+        with naming(path):
+            yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) or is_machine_trouble(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: no readable {what} ({reason[:200]})") from None
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from util.distributed import start_worker
+from util.files import naming
 
 EXTENSIONS = {  # of FORMATS
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
@@ -180,6 +182,9 @@ def image_loader(folder, size, batches, num_workers):
     dropout.
     """
     pairs = (list(zip(indices, views, strict=True)) for indices, views in batches)
+    if num_workers:
+        with naming("/dev/shm"):
+            multiprocessing.Lock()  # a DataLoader without shared memory fails in two ways at once
     loader = torch.utils.data.DataLoader(
         ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
         generator=torch.Generator(), worker_init_fn=start_worker,

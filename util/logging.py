@@ -6,12 +6,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from util.files import atomic, check_owner
+from util.files import atomic, check_owner, naming, value_digest
 
+COMMIT = "COMMIT"  # the file of a copy of the code that names its commit
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
@@ -25,44 +27,45 @@ class MetricsLog:
         self.path = Path(folder) / "metrics.jsonl"
         self.listeners = listeners
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= resume_step]
+            kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
             with atomic(self.path) as partial:
-                partial.write_text("".join(line + "\n" for line in kept))
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step, **values):
         """Log floats and strings at a step."""
         check_owner(self.path)
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for listener in self.listeners:
             listener(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
 
-def _step(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a kill
-
-
 def read_metrics(folder):
-    """The lines of FOLDER/metrics.jsonl as a list of dicts."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of FOLDER/metrics.jsonl as a list of dicts, without those damaged by a kill or a disk."""
+    lines = []
+    for text in (Path(folder) / "metrics.jsonl").read_text(errors="replace").splitlines():
+        with suppress(ValueError, TypeError, LookupError):  # not JSON, or without the number of a step
+            line = json.loads(text)
+            lines += [line] if line["step"] >= 0 else []
+    return lines
 
 
-def tensorboard_listener(folder):
-    """A listener that writes TensorBoard events (needs the package tensorboard)."""
+def tensorboard_listener(folder, resume_step):
+    """A listener that writes TensorBoard events (needs the package tensorboard), those after a step anew."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder)
+    writer = SummaryWriter(folder, purge_step=resume_step + 1)
     return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
 
 
-def wandb_listener(project, name, config):
-    """A listener that logs to Weights & Biases (needs the package wandb)."""
+def wandb_listener(folder, project, name, config):
+    """A listener that logs to Weights & Biases (needs the package wandb): to one run, however often it is
+    started here. The first line of runs.jsonl identifies it."""
     import wandb
 
-    run = wandb.init(project=project, name=name, config=config)
+    first_start = (Path(folder) / "runs.jsonl").read_text().splitlines()[0]
+    run_id = value_digest(first_start)
+    run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
     return lambda step, values: run.log(values, step=step)
 
 
@@ -70,6 +73,8 @@ def git_commit():
     """The commit of this repository, with -dirty after it if files differ; "unknown" outside of git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     root = Path(__file__).resolve().parents[1]
+    if (root / COMMIT).exists():
+        return (root / COMMIT).read_text()
     try:
         return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -84,5 +89,6 @@ def record_start(folder, **facts):
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": platform.node(), **facts,
     }
-    with (Path(folder) / "runs.jsonl").open("a") as file:
+    path = Path(folder) / "runs.jsonl"
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(line) + "\n")

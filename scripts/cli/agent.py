@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def forward(number, frame):
@@ -27,7 +27,7 @@ def forward(number, frame):
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    if not workers:  # not started yet, or already ended
+    if not workers:  # not started yet or already ended; on macOS not found, but they miss this process then
         sys.exit(128 + number)
 
 
@@ -45,7 +45,10 @@ def report(error):
 
 
 def main():
-    config, program, words = config_from_args(parse_args(sys.argv[1:]))
+    args = parse_args(sys.argv[1:])
+    if args.nnodes == "1":  # nobody else needs to know the port: the kernel chooses it
+        args.rdzv_backend, args.rdzv_endpoint, args.local_addr = "c10d", "127.0.0.1:0", "127.0.0.1"
+    config, program, words = config_from_args(args)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     status = []
 
@@ -55,9 +58,12 @@ def main():
             status.append(0)
         except ChildFailedError as error:
             status.append(report(error))
+        except Exception as error:  # such as a port in use
+            print(f"error: {config.rdzv_endpoint}: {str(error).splitlines()[0]}", file=sys.stderr)
 
     for number in FORWARDED:
-        signal.signal(number, forward)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored: by nohup
+            signal.signal(number, forward)
     thread = threading.Thread(target=launch, daemon=True)  # there torchrun leaves signals alone
     thread.start()
     thread.join()

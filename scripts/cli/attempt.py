@@ -67,6 +67,15 @@ class Attempt:
             own.unlink()
         return True
 
+    def is_refused_by_all(self, rank, machines, seconds):
+        """Whether the command is wrong usage on every machine, not only here or after an earlier attempt."""
+        Path(self.folder, f"{self.job_id}_refused_{rank}").touch()
+        for _ in range(0 if self.number else seconds):
+            if len([*Path(self.folder).glob(f"{self.job_id}_refused_*")]) == machines:
+                return True
+            time.sleep(1)
+        return False
+
     def is_running(self):
         """Whether SLURM runs this very attempt: not cancelled, not preempted, and no newer one."""
         query = ["scontrol", "show", "job", "--oneliner", self.job_id]
@@ -109,7 +118,8 @@ def progress(folder):
     """Numbers that change as a run gets on: of its files, and the time of its last checkpoint."""
     run = Path(folder).parent
     last = run / "checkpoint-last.pth"
-    files = [name for place, _, names in os.walk(run) if place != str(folder) for name in names]
+    outside = (names for place, _, names in os.walk(run) if not f"{place}/".startswith(f"{folder}/"))
+    files = [name for names in outside for name in names]
     return [sum(not name.startswith(".") for name in files), last.stat().st_mtime if last.exists() else 0]
 
 

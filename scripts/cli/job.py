@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -44,7 +43,7 @@ def _ignore_user_signals():
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def run_command(command, environment=None, *, patience=0, output=None):
+def run_command(command, environment=None, *, patience=0, output=None, directory=None):
     """Run a command in a process group of its own and forward the signals that this process gets to it.
 
     patience: seconds after SIGUSR2 until whatever is left of the command is killed; 0 means no limit.
@@ -63,12 +62,13 @@ def run_command(command, environment=None, *, patience=0, output=None):
         for pid in [pid for group in groups for pid in (*_descendants(group), group)]:
             _send(signal.SIGKILL, pid)
 
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2), forward)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    handlers = dict.fromkeys(numbers, forward)
     handlers[signal.SIGALRM] = kill_all
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         child = subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=_ignore_user_signals,
+            command, env=environment, cwd=directory, start_new_session=True, preexec_fn=_ignore_user_signals,
             stdout=output, stderr=subprocess.STDOUT if output else None,
         )
         groups.append(child.pid)
@@ -95,7 +95,8 @@ def last_error(path):
 class Job:
     """A command, the variables it gets, and the folder for its logs and records.
 
-    max_retry: attempts after failures. grace: seconds between SLURM's signal and its time limit.
+    max_retry: attempts after failures. grace: seconds between SLURM's signal and its time limit. directory:
+    where the command runs, if not here.
     """
 
     command: tuple[str, ...]
@@ -103,6 +104,7 @@ class Job:
     folder: str
     max_retry: int = 0
     grace: int = 120
+    directory: str | None = None
 
     def __call__(self):
         """Run on one machine of a SLURM job; submitit calls this once per machine.
@@ -121,8 +123,10 @@ class Job:
             attempt.begin(hosts)
         words = " ".join(self.command)
         print(f"attempt {attempt.number}, machine {rank} of {place.num_nodes}: {words}", flush=True)
-        variables = self._variables(place.num_nodes, rank, hosts[0], 20000 + int(place.job_id) % 10000)
-        status, received = run_command(self.command, variables, patience=self.grace - 5)
+        port = 20000 + int(place.job_id) % 10000
+        variables = self._variables(place.num_nodes, rank, hosts[0], port)
+        where = {"patience": self.grace - 5, "directory": self.directory}
+        status, received = run_command(self.command, variables, **where)
         if status == 0 or received == signal.SIGUSR2:
             if rank == 0:
                 self._conclude(attempt, TIME_LIMIT if status else FINISHED, status, "")
@@ -132,7 +136,10 @@ class Job:
             time.sleep(PATIENCE)
             self._conclude(attempt, LOST, status, last_error(log))
         else:
-            self._conclude(attempt, FAILED, status, f"exit status {status}: {last_error(log)}")
+            reason = f"exit status {status}: {last_error(log)}"
+            if status == WRONG_USAGE and not attempt.is_refused_by_all(rank, place.num_nodes, PATIENCE):
+                status = 1  # this machine's trouble, such as a disk that is not mounted
+            self._conclude(attempt, FAILED, status, reason)
 
     def _conclude(self, attempt, cause, status, reason):
         """Record the end of an attempt and queue the job again, if this machine is the first to do so."""
@@ -151,10 +158,8 @@ class Job:
         """Run on this machine in the foreground, log to FOLDER/local_PID_log.out; returns the exit status."""
         job_id = f"local_{os.getpid()}"
         log = Path(self.folder) / f"{job_id}_log.out"
+        variables = self._variables(1, 0, "127.0.0.1", 20000 + os.getpid() % 10000)
         for _ in range(self.max_retry + 1):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                variables = self._variables(1, 0, "127.0.0.1", free.getsockname()[1])
             tee = subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True)
             status, received = run_command(self.command, variables, output=tee.stdin)
             tee.communicate()

@@ -9,6 +9,7 @@ logs in its folder `jobs`); scripts/common.sh turns them into one torchrun agent
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -16,14 +17,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from scripts.cli.attempt import FAILED, FINISHED, records, story
 from scripts.cli.job import Job, slurm_state
 from util import cli
 from util.files import read_json, write_json
+from util.logging import COMMIT, git_commit
 
 REPO = Path(__file__).resolve().parents[2]
+CODE = (".py", ".sh")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -99,11 +103,12 @@ def job_of(args):
     environment = {"OUTPUT_DIR": str(args.output_dir)}
     if args.gpus_per_node and not args.local:  # --local: $NGPU, else all GPUs of this machine
         environment["NGPU"] = str(args.gpus_per_node)
-    return Job(tuple(args.command), environment, str(args.output_dir / "jobs"), args.max_retry, args.grace)
+    jobs, directory = str(args.output_dir / "jobs"), dict(args.sbatch or []).get("chdir", os.getcwd())
+    return Job(tuple(args.command), environment, jobs, args.max_retry, args.grace, directory)
 
 
-def sbatch_settings(args):
-    """Keyword arguments of submitit's `update_parameters`."""
+def sbatch_settings(args, code=REPO):
+    """Keyword arguments of submitit's `update_parameters`; the job imports from the folder `code`."""
     after_failure = [sys.executable, "-m", "scripts.cli.attempt", str(args.output_dir / "jobs")]
     chosen = {
         "job_name": args.job_name, "partition": args.partition, "account": args.account, "nodes": args.nodes,
@@ -111,10 +116,37 @@ def sbatch_settings(args):
         "constraint": args.constraint, "signal_delay_s": args.grace,
         "additional_parameters": {"requeue": True, **dict(args.sbatch or [])},
         "srun_args": ["--kill-on-bad-exit=1", "--cpu-bind=none"],
-        "setup": [f"export PYTHONPATH={REPO}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "setup": [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
         "teardown": [f"status=$?; ((status == 0)) || exec {shlex.join(after_failure)} $status"],
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def copy_code(source, target):
+    """Copy Python and shell programs with their folders; what else is there, such as weights, is linked."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        place = target / path.name
+        if path.is_file() and path.suffix in CODE:
+            shutil.copy2(path, place)
+        elif path.is_dir() and any(each.suffix in CODE for each in path.iterdir()):
+            copy_code(path, place)
+        elif path.name not in (".git", "__pycache__"):
+            place.symlink_to(path)
+
+
+def code_of_job(args):
+    """Copy the code to where edits do not reach it; the Job whose command runs that copy, and its folder."""
+    code = Path(tempfile.mkdtemp(prefix="code-", dir=args.output_dir / "jobs"))
+    copy_code(REPO, code)
+    (code / COMMIT).write_text(git_commit())
+
+    def moved(word):
+        path = Path(word).resolve()
+        is_ours = path.suffix in CODE and path.is_file() and REPO in path.parents
+        return str(code / path.relative_to(REPO)) if is_ours else word
+
+    return dataclasses.replace(job_of(args), command=tuple(map(moved, args.command))), code
 
 
 def submit(args):
@@ -126,10 +158,19 @@ def submit(args):
         state = slurm_state(job_id)
         if state and not state.startswith(ENDED):
             raise cli.UsageError(f"--output-dir: {args.output_dir} is used by job {job_id}, which is {state}")
+    jobs.mkdir(parents=True, exist_ok=True)
+    job, code = code_of_job(args)
     executor = submitit.SlurmExecutor(jobs)
-    executor.update_parameters(**sbatch_settings(args))
+    settings = sbatch_settings(args, code)
+    settings["additional_parameters"]["chdir"] = str(code)
+    executor.update_parameters(**settings)
+    if unused := sorted(name for name in os.environ if name.startswith("SBATCH_")):
+        print(f"not used: {', '.join(unused)} of the environment, only flags are", file=sys.stderr)
+    kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_JWT") if name in os.environ}
     try:
-        job = executor.submit(job_of(args))
+        with submitit.helpers.clean_env(("CUDA_VISIBLE_DEVICES",)):  # of the job that this may run in
+            os.environ.update(kept)
+            job = executor.submit(job)
     except submitit.core.utils.FailedJobError:  # sbatch has printed the reason
         raise cli.Failure("sbatch refused the job: nothing was submitted") from None
     record = {"job_id": job.job_id, "job_name": args.job_name, "command": args.command}

@@ -24,7 +24,7 @@ from models.lpd import LPD
 from models.weights import read_pth
 from util.logging import read_metrics
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 plain_loss, plain_losses = LPD.loss, engine.train_tokenizer.losses
 
 
@@ -193,6 +193,7 @@ def test_signal_to_one_process_stops_all_after_the_same_step(eventful):
     assert outcome.status == 128 + signal.SIGUSR2, outcome.err
     assert f"stopped: SIGUSR2: {LAST} holds step 7 of 18" in outcome.err
     assert outcome.err.count("stopped: ") == 1 and "Traceback" not in outcome.err
+    assert "FutureWarning" not in outcome.err
     assert read_pth(folder / "run" / LAST)["step"] == 7
 
 

@@ -27,14 +27,22 @@ sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# Workers of any start method note each image, and the program reads one batch.
 SLOW_CONSUMER = """
-import sys, time
+import multiprocessing, sys, time
 from util.folders import list_images
-from util.images import image_loader, in_order
-folder = list_images(sys.argv[1])
-loader = image_loader(folder, 256, in_order(list(range(len(folder))) * 100, 8), int(sys.argv[2]))
-for items in loader:
-    time.sleep(1000)
+from util.images import Reading, image_loader, in_order
+class Noting(Reading):
+    def rgb(self, image):
+        with open(sys.argv[3], "a") as file:
+            print(file=file)
+        return super().rgb(image)
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[4])
+    folder = list_images(sys.argv[1], Noting())
+    loader = image_loader(folder, 256, in_order(list(range(len(folder))) * 100, 8), int(sys.argv[2]))
+    for items in loader:
+        time.sleep(1000)
 """
 
 
@@ -45,11 +53,11 @@ def images_read(log):
 def assert_nothing_outlives(program, number, log, images):
     """Signal a program once its workers have begun to read so many images."""
     try:
-        wait_for(lambda: images_read(log) >= images or program.exitcode is not None, "reading")
-        assert program.exitcode is None
+        wait_for(lambda: images_read(log) >= images or not running(program.pid), "reading")
+        assert running(program.pid)
         started = children(program.pid)
         os.kill(program.pid, number)
-        program.join(processes.WAIT)
+        wait_for(lambda: not running(program.pid), f"end of the program after {number.name}")
         wait_for(lambda: not any(map(running, started)), f"end of {started} after {number.name}")
     finally:
         for pid in [program.pid, *children(program.pid)]:
@@ -57,14 +65,13 @@ def assert_nothing_outlives(program, number, log, images):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_worker_that_waits_for_its_killed_program_to_read_ends(workers, tmp_path):
+@pytest.mark.parametrize("method,workers", [("fork", 1), ("fork", 3), ("forkserver", 1), ("spawn", 1)])
+def test_worker_that_waits_for_its_killed_program_to_read_ends(method, workers, tmp_path):
     """The pipe between them is full: each worker is at its third batch of eight, and one takes up a pipe."""
     log, script = tmp_path / "log", tmp_path / "consumer.py"
     script.write_text(SLOW_CONSUMER)
-    words = script, helpers.images() / "train", workers
-    program = processes.fork("-c", SLOW_READING, log, 0, *words)
-    assert_nothing_outlives(program, signal.SIGKILL, log, images=17 * workers)
+    program = processes.background(script, helpers.images() / "train", workers, log, method)
+    assert_nothing_outlives(program, signal.SIGKILL, log, images=16 * workers + 1)
 
 
 def flags_of(program, out):

@@ -1,15 +1,23 @@
 """What all programs share: flags from dataclasses, exit statuses, errors in one line, stop signals."""
 
 import argparse
+import errno
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
+import helpers
+import processes
 import pytest
+import torch
 
 from util import cli
-from util.distributed import Stopped, StopRequest
+from util.device import COPIES, choose_device
+from util.distributed import STOP_SIGNALS, Stopped, StopRequest
 from util.images import UnreadableImage
 
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
@@ -116,6 +124,64 @@ def test_expected_error_is_one_line_and_a_bug_keeps_its_traceback(kind, capsys):
         assert printed == "error: what happened\n"
 
 
+@pytest.mark.parametrize("status,numbers", [
+    (1, [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.ENODEV, errno.ENOTCONN]),
+    (2, [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG]),
+])  # fmt: skip
+def test_checks_tell_trouble_of_the_machine_from_mistakes_of_the_user(status, numbers, capsys):
+    for number in numbers:
+        with pytest.raises((OSError, cli.UsageError)) as raised, cli.checking("--flag: "):
+            raise OSError(number, os.strerror(number), "a.file")
+        assert end(raised.value) == status
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and f"{os.strerror(number)}: 'a.file'" in printed
+        assert ("--flag" in printed) == (status == 2)
+
+
+def test_flags_have_defaults_where_the_system_does_not_tell_the_usable_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    parser = cli.Parser()
+    cli.add_device_flags(parser)
+    assert 1 <= parser.parse_args([]).num_workers <= 4
+
+
+@pytest.mark.parametrize("variable", COPIES)
+def test_copies_of_a_program_that_would_do_the_same_work_are_refused(variable, monkeypatch):
+    monkeypatch.setenv(variable, "2")
+    outcome = helpers.call("cache", *helpers.cache_flags("nowhere"))
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith(f"error: {variable} is 2: so many copies")
+    for name in ("RANK", "SLURM_PTY_PORT"):  # torchrun's process; a shell on one of several tasks
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0")
+            choose_device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_that_is_not_here_is_this_machines_trouble(tmp_path):
+    outcome = helpers.call("cache", *helpers.cache_flags(tmp_path / "out"), "--device", "cuda")
+    assert outcome.status == 1
+    assert outcome.err == f"error: [Errno {errno.ENODEV}] no such GPU is available here: '--device cuda'\n"
+
+
+FULL = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 9999 /dev/zero >/dev/shm/full;"
+
+
+@pytest.mark.parametrize("before,status,message", [
+    ("mkdir gone && cd gone && rmdir ../gone;", 2, "the working directory is deleted: cd to one that exists"),
+    (FULL, 1, "[Errno 28] No space left on device: /dev/shm"),
+], ids=["working directory", "shared memory"])  # fmt: skip
+def test_what_the_machine_lacks_is_named(before, status, message, tmp_path):
+    if before == FULL and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    words = [processes.REPO / "main_cache.py", *helpers.cache_flags(tmp_path / "out"), "--num_workers", 1]
+    words = ["bash", "-c", f"{before} exec {shlex.join([sys.executable, *map(str, words)])}"]
+    words = ["unshare", "-m", *words] if before == FULL else words
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {message}"
+
+
 def test_stopped_run_ends_with_the_status_of_its_signal_and_the_first_process_reports(capsys, monkeypatch):
     for rank, printed in (("0", "stopped: SIGUSR1: step 3 is saved\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
@@ -159,7 +225,7 @@ def test_worker_that_lost_its_peer_may_be_ended_while_it_finds_out_which(error_f
 # Stop signals.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_signal_is_noted_and_the_handler_restored(number):
     handler = signal.getsignal(number)
     with StopRequest() as request:
@@ -167,6 +233,13 @@ def test_stop_signal_is_noted_and_the_handler_restored(number):
         signal.raise_signal(number)
         assert request.number == number
     assert signal.getsignal(number) == handler
+
+
+def test_closed_terminal_does_not_stop_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN and request.number == 0
 
 
 def test_second_interrupt_ends_at_once_and_a_second_of_another_kind_does_not():

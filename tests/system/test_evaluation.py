@@ -3,6 +3,7 @@
 The released Inception weights are not available offline: random ones replace them, or a quick stand-in.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from helpers import ON_CPU, SIZE, call, evaluate_flags, train_flags
 from PIL import Image
 from processes import finished, start, torchrun
 
-from engine import evaluate
+from engine import evaluate, report
 from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles, PublishedDecoder
 from engine.generate import resolve_settings
 from engine.sampling import Sampling
@@ -240,6 +241,25 @@ def test_resumed_evaluation_makes_only_the_missing_chunks_and_a_finished_one_not
     result = run(models, tmp_path, extractor=extractor)
     assert extractor.calls == 1
     assert run((None, None), tmp_path) == result
+
+
+def test_chunks_without_their_protocol_are_not_used(models, tmp_path):
+    kill(models, tmp_path / "other", 2, weights="v", seed=1)
+    chunks = OutputFiles(spec(), tmp_path / "out").chunks
+    shutil.copytree(*(tmp_path / "other").glob("*.chunks"), chunks, ignore=shutil.ignore_patterns("*.json"))
+    for after in (0, 3):  # killed before the first chunk, then not
+        extractor = Pixels(fails_at=after)
+        with contextlib.suppress(KeyboardInterrupt):
+            result = run(models, tmp_path / "out", extractor=extractor)
+    assert result["metrics"] == run(models, tmp_path / "whole")["metrics"]
+
+
+def test_printed_names_and_values_never_run_together(capsys):
+    metrics = {"a" * 23: 1.5, "b" * 24: 2.5, "c" * 40: 3.5}
+    facts = {"order": "lpd", "steps": 4, "cfg": 1.0, "num_images": 2, "warnings": [], "reference_digest": "d"}
+    report.print_result({**facts, "metrics": metrics, "seconds": {"generate": 1, "decode": 1}})
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert {name: float(printed[name]) for name in metrics} == metrics
 
 
 CHANGES = [

@@ -1,14 +1,17 @@
 """Files are whole or absent, damaged ones are refused by name, and one program at a time writes a folder."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 
+from models.weights import read_pth
 from util import files
 from util.logging import MetricsLog, read_metrics
 
@@ -35,6 +38,18 @@ def test_temporary_files_of_dead_processes_are_removed_and_of_living_ones_left(t
     with files.sole_writer(tmp_path):
         write_a(tmp_path)
     assert sorted(tmp_path.glob(".*.tmp")) == others[-1:]
+
+
+def test_a_file_costs_no_list_of_its_folder_and_no_change_of_the_umask(tmp_path, monkeypatch):
+    """Threads write thousands of images into one folder."""
+    lists, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (lists.append(path), scandir(path))[1])
+    monkeypatch.setattr(os, "umask", None)
+    for name in "abc":
+        with files.atomic(tmp_path / name) as partial:
+            partial.write_text("whole")
+            partial.chmod(0o600)  # as safetensors
+    assert len(lists) == 1 and (tmp_path / "c").stat().st_mode & 0o777 == 0o666 & ~files.UMASK
 
 
 def write_a(folder):
@@ -127,6 +142,21 @@ def test_only_a_later_attempt_of_the_same_job_takes_a_folder_over(job, attempt, 
     assert sorted(os.listdir(tmp_path)) == [".lock", "a", "metrics.jsonl"]
 
 
+@pytest.mark.parametrize("remove", [lambda folder: (folder / ".owner").unlink(), shutil.rmtree])
+def test_writer_whose_folder_is_deleted_says_what_is_gone(remove, tmp_path):
+    with files.sole_writer(tmp_path / "run"):
+        remove(tmp_path / "run")
+        with pytest.raises(files.FolderInUse, match=rf"^{tmp_path}/run/.owner is gone, .* writes no more$"):
+            write_a(tmp_path / "run")
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.file_digest, files.read_arrays, read_pth])
+def test_disk_that_fails_while_reading_is_no_damaged_file(read):
+    """/proc/self/mem can be opened, but not read from its beginning."""
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '/proc/self/mem'$"):
+        read(Path("/proc/self/mem"))
+
+
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "truncated", "binary"])
 def test_unreadable_json_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
@@ -203,12 +233,14 @@ def test_damaged_archive_is_refused_by_name_and_nothing_runs(tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
-def test_resumed_log_drops_what_came_after_the_resumed_step(tmp_path):
+@pytest.mark.parametrize("end", [b'{"step": 4, "lo', b"\xff\0{", b"[4]", b'{"loss": 4}', b'{"step": "4"}'])
+def test_resumed_log_drops_a_damaged_line_and_what_came_after_the_resumed_step(end, tmp_path):
     log, seen = MetricsLog(tmp_path), []
     for step in range(4):
         log.write(step, loss=step / 2, note="text")
-    with log.path.open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
+    with log.path.open("ab") as file:
+        file.write(end)  # killed while writing, or the disk's fault
+    assert len(read_metrics(tmp_path)) == 4
     resumed = MetricsLog(tmp_path, resume_step=2, listeners=[lambda *line: seen.append(line)])
     resumed.write(3, loss=9.0, note="x")
     losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path)}

@@ -5,14 +5,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from argparse import ArgumentTypeError
 
 import helpers
+import processes
 import pytest
 from processes import REPO, wait_for
+from submitit.core.utils import DelayedSubmission
 
 from scripts.cli import job, run
 from scripts.cli.attempt import MAX_LOST, Attempt, records
@@ -108,6 +111,39 @@ def test_local_run_sets_the_variables_and_writes_the_log(local, tmp_path):
 @pytest.mark.parametrize("retries,exit_status,tries", [(0, 7, 1), (2, 7, 3), (2, 2, 1)])
 def test_failure_is_retried_but_wrong_usage_is_not(retries, exit_status, tries, local):
     assert local(f"echo try; exit {exit_status}", "--max-retry", retries) == (exit_status, "try\n" * tries)
+
+
+# What is submitted, with a stand-in for SLURM's programs.
+
+
+def test_job_runs_the_code_of_its_submission_and_nothing_of_the_job_it_comes_from(tmp_path, monkeypatch):
+    repo, out = tmp_path / "repo", tmp_path / "out"
+    for name in ("scripts/train/a.sh", "scripts/common.sh", "main_a.py", "data/1.png", "scripts/notes.txt"):
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_text("submitted")
+    (repo / "scripts/train/a.sh").write_text('cat "${0%/*}"/../{common.sh,notes.txt,../data/1.png}')
+    for name, script in {"sbatch": "env >$0.env; echo Submitted batch job 7", "srun": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    caller = {"SLURM_CPUS_PER_TASK", "SLURM_MEM_PER_CPU", "SBATCH_PARTITION", "CUDA_VISIBLE_DEVICES", "RANK"}
+    for name in (*caller, "SLURM_CONF"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(run, "REPO", repo)
+    monkeypatch.setattr(run, "slurm_state", lambda job_id: None)
+    monkeypatch.chdir(repo)
+    outcome = processes.finished(call("--output-dir", out, "bash", "scripts/train/a.sh", "data/1.png"))
+    assert outcome.err == "not used: SBATCH_PARTITION of the environment, only flags are\n"
+    names = {line.split("=")[0] for line in (tmp_path / "sbatch.env").read_text().splitlines()}
+    assert "SLURM_CONF" in names and not caller & names
+    for path in (repo / "scripts/common.sh", repo / "data/1.png"):
+        path.write_text("edited")
+    submitted = DelayedSubmission.load(out / "jobs/7_submitted.pkl").function
+    (code,) = (out / "jobs").glob("code-*")
+    assert submitted.directory == str(repo) and submitted.command[2] == "data/1.png"
+    done = subprocess.run(submitted.command, cwd=repo, capture_output=True, text=True)
+    assert done.stdout == "submittedsubmittededited"
+    assert f"#SBATCH --chdir={code}\n" in next((out / "jobs").glob("*.sh")).read_text()
 
 
 # Signals for the command.
@@ -239,6 +275,18 @@ def test_lost_attempts_do_not_count_as_failures_but_ten_without_progress_end_the
     assert len(place.requeued) == 5 + MAX_LOST - 1
 
 
+def test_wrong_usage_is_retried_unless_it_is_wrong_on_every_machine_from_the_start(place, tmp_path):
+    """On one alone, or after an earlier attempt, it is that machine's trouble, such as a disk not mounted."""
+    wrong = ["bash", "-c", "exit 2"]
+    assert place(wrong, max_retry=9) == 1 and len(place.requeued) == 1
+    assert place(wrong, attempt=1, max_retry=9) == 1 and len(place.requeued) == 2
+    for record in tmp_path.glob("42_*_0.json"):
+        record.unlink()
+    with pytest.raises(RuntimeError, match="exit status 2: error: what happened"):
+        place(wrong, rank=1, max_retry=9)
+    assert len(place.requeued) == 2
+
+
 @pytest.mark.parametrize("state,attempt", [("COMPLETING", 0), ("RUNNING", 1)])
 def test_cancelled_or_earlier_attempt_decides_nothing(state, attempt, place, tmp_path, monkeypatch):
     monkeypatch.setattr(Attempt, "of_this_process", lambda folder: Attempt(folder, "42", 0))
@@ -267,6 +315,20 @@ def test_status_uses_the_records_when_slurm_has_forgotten_the_job(tmp_path, monk
     assert call("status", tmp_path).out.splitlines()[0] == "job 7: COMPLETED"
 
 
+def test_port_in_use_does_not_matter_on_one_machine_and_is_named_on_several(tmp_path):
+    (tmp_path / "program.py").write_text("print('runs')")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--master_addr", "127.0.0.1", "--master_port", port, tmp_path / "program.py"]
+        agent = (REPO / "scripts/cli/agent.py", "--node_rank", 0)
+        alone, several = (processes.python(*agent, "--nnodes", n, *words) for n in (1, 2))
+    assert alone.status == 0 and alone.out == "runs\n"
+    assert several.status == 1 and "Traceback" not in several.err
+    assert several.err.splitlines()[-1].startswith(f"error: 127.0.0.1:{port}: ")
+
+
 # The machines and processes that scripts/common.sh finds.
 
 
@@ -292,5 +354,8 @@ def test_machines_come_from_a_job_step_unless_they_are_set(tmp_path):
     assert environment(tmp_path, SLURM_JOB_ID="5").stdout == "1 0 127.0.0.1 29500 2\n"  # not in a job step
     assert environment(tmp_path, **STEP).stdout == "2 1 n7 20005 2\n"
     assert environment(tmp_path, **STEP, **OWN).stdout == "3 2 me 9 2\n"
+    alone = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"}
+    alone = {**STEP, **alone, "SLURM_STEP_NODELIST": "no scontrol knows it"}
+    assert environment(tmp_path, **alone).stdout == "1 0 127.0.0.1 29500 2\n"
     done = environment(tmp_path, **{**STEP, "SLURM_STEP_NUM_TASKS": "16"})
     assert done.returncode == 2 and "16 tasks on 2 machines" in done.stderr

@@ -85,6 +85,8 @@ def paths(tmp_path):
 def test_shell_scripts_are_well_formed(script):
     assert bash("-n", str(script)).returncode == 0
     assert "set -euo pipefail" in script.read_text() or script.name == "common.sh"  # which is sourced
+    git = subprocess.run(["git", "check-attr", "eol", script], cwd=REPO, capture_output=True, text=True)
+    assert git.stdout.endswith(": eol: lf\n")  # whatever Windows would make of it
 
 
 def test_every_published_run_has_a_script():
@@ -96,9 +98,11 @@ def test_every_published_run_has_a_script():
 def test_training_script_has_the_published_recipe(name, paths):
     model, pixels, batch, recipe = TRAINING[name]
     flags = flags_of(bash(REPO / f"scripts/train/{name}.sh", "--seed", "7", env=paths))
+    flags_on_cpu = flags_of(bash(REPO / f"scripts/train/{name}.sh", "--device", "cpu", env=paths))
+    assert flags_on_cpu["--device"] == "cpu"
     expected = {
         **TRAIN_COMMON, **recipe, "--model": model, "--img_size": str(pixels), "--bf16": "",
-        "--use_cached": "", "--seed": "7",
+        "--use_cached": "", "--seed": "7", "--device": "cuda",
         "--cached_path": paths["CACHED_PATH"], "--vqgan_path": paths["VQGAN_PATH"],
         "--output_dir": paths["OUTPUT_DIR"],
     }
@@ -113,8 +117,9 @@ def test_evaluation_script_has_the_published_settings(name, paths):
     script = REPO / f"scripts/eval/{name}.sh"
     flags = flags_of(bash(script, "--eval_bsz", "5", env=paths))
     expected = {
-        "--evaluate": "", "--model": model, "--img_size": str(pixels), "--generation_steps": str(steps),
-        "--num_images": "50000", "--cfg_schedule": "linear", "--temperature": "1.0", "--eval_bsz": "5",
+        "--evaluate": "", "--device": "cuda", "--model": model, "--img_size": str(pixels),
+        "--generation_steps": str(steps), "--num_images": "50000", "--cfg_schedule": "linear",
+        "--temperature": "1.0", "--eval_bsz": "5",
         "--pretrained_ckpt": paths["PRETRAINED_CKPT"], "--fid_stats": paths["FID_STATS"],
         "--lpd_order_file": paths["LPD_ORDER_FILE"], "--vqgan_path": paths["VQGAN_PATH"],
     }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import signal
+import sys
+from datetime import timedelta
 
 import helpers
 import numpy as np
@@ -18,6 +20,7 @@ from engine.loop import RunSettings
 from engine.train import new_state, train, train_step
 from models.vqgan import VQModel
 from models.weights import read_pth, read_weights
+from util import distributed
 from util.folders import list_images
 from util.logging import MetricsLog, read_metrics
 from util.token_cache import DamagedCache, TokenCache
@@ -169,6 +172,31 @@ def test_hooks_are_called_when_due_and_at_the_end_with_averaged_weights(tmp_path
     weights, info = read_weights(tmp_path / "lpd.safetensors")
     assert same(weights, state.ema) and info["about"] == "the data"
     assert same(read_weights(tmp_path / LAST)[0], state.ema)  # averaged weights are what readers get
+
+
+def test_restarted_run_is_one_run_of_wandb_and_another_folder_another(tmp_path, monkeypatch):
+    started, logged = [], []
+    run = type("Run", (), {"log": lambda self, values, step: logged.append(step)})()
+    fake = type("wandb", (), {"init": lambda **given: (started.append(given), run)[1]})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with monkeypatch.context() as patch:
+        interrupt_step(patch, 1)
+        call("lpd", *train_flags(tmp_path / "a", use_wandb=True, epochs=0.5))
+    for name in "ab":
+        finished(call("lpd", *train_flags(tmp_path / name, use_wandb=True, epochs=0.5)))
+    first, again, other = (given["id"] for given in started)
+    assert first == again != other and all(given["resume"] == "allow" for given in started)
+
+
+def test_the_wait_for_the_main_process_in_a_hook_has_its_own_limit(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **given: made.append(given["timeout"]))
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, made.append)
+    with distributed.main_alone():
+        assert made[0] >= timedelta(hours=2) and len(made) == 1
+    assert len(made) == 3
 
 
 # Several processes.
