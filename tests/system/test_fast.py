@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 from functools import partial
 
@@ -20,7 +21,7 @@ from engine.fast import (
     for_inference,
     packed,
 )
-from engine.fused import FusedSteps, step_mask
+from engine.fused import FusedSteps, compiled, step_mask
 from engine.generate import generate_images, generate_tokens
 from engine.sampling import Sampling
 from models.lpd import LPD, Execution
@@ -95,18 +96,28 @@ def test_fused_steps_give_the_plain_tokens(tiny_lpd, sampling):
         check_batches(tiny_lpd, fast, sampling)
 
 
-def test_fused_steps_compile_once_for_all_layers_and_few_times_for_all_group_sizes(tiny_lpd):
-    """Another depth compiles nothing; a schedule only sizes of 1 and new classes of size."""
+def frames_of(models, schedules=(5, 9)):
+    """How often functions were compiled, after each schedule of each model."""
     torch._dynamo.reset()
+    compiled.cache_clear()
     counted, counts = CompileCounterWithBackend("eager"), []
-    for depth, steps in ((2, 5), (2, 9), (6, 5), (6, 9)):
-        model = LPD(dataclasses.replace(tiny_lpd.config, depth=depth)).eval()
+    for model, steps in itertools.product(models, schedules):
         fast = FastGenerator(model, fused=partial(FusedSteps, backend=counted))
         order = torch.rand(20, 16).argsort(dim=1)
         fast.generate_tokens(torch.zeros(20).long(), order, cosine_group_sizes(16, steps), Sampling(cfg=2.0))
         counts.append(counted.frame_count)
     torch._dynamo.reset()
-    assert counts[-1] == counts[1] <= 12
+    return counts
+
+
+def test_fused_steps_compile_once_for_all_layers_and_few_times_for_all_group_sizes(tiny_lpd):
+    """Another schedule compiles only sizes of 1 and new classes of size; another model nothing, but in torch
+    2.6 everything once more."""
+    shallow, deep = (LPD(dataclasses.replace(tiny_lpd.config, depth=depth)).eval() for depth in (2, 6))
+    alone, both = frames_of([deep]), frames_of([shallow, deep])
+    oldest = torch.__version__.startswith("2.6")
+    assert alone == both[:2] and alone[-1] <= (20 if oldest else 12)
+    assert both[-1] == both[1] or oldest
 
 
 def test_a_mask_row_of_context_sees_no_query():
