@@ -102,6 +102,12 @@ class TrainState:
         for name, average in restore(self, path, "ema")["ema"].items():
             self.ema[name].copy_(average)
 
+    def start_from(self, name, class_names):
+        """Take the weights of a file, as `LPD.start_from`, for the model and its EMA."""
+        self.model.start_from(name, class_names)
+        for key, average in self.ema.items():
+            average.copy_(self.model.state_dict()[key])
+
     @contextmanager
     def averaged(self):
         """Inside it the model is in eval mode and has the EMA weights, if there are any."""
