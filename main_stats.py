@@ -129,13 +129,15 @@ def main(argv=None):
         facts, features = {"extractor": args.features, "img_size": size, "preparation": preparation}, None
         if measured := args.save_features or not known:
             extractor = make_extractor(args.features, world.device, args.inception)
-            facts["extractor_digest"] = extractor.digest
+            facts |= {"extractor": extractor.name, "extractor_digest": extractor.digest}
     if measured:
         running, features = gather_statistics(world, n, batches, extractor, args.save_features)
     if world.is_main:
-        save_statistics(args.output_file, known or running.finish(), features=features, **facts)
+        statistics = known or running.finish()
+        save_statistics(args.output_file, statistics, features=features, **facts)
         kept = f"mu and sigma of {args.reference_batch}" if known else f"{n} images"
-        print(f"{args.output_file}: {kept}, features of {args.features}, {preparation}")
+        of_what = f"{len(statistics['mu'])} features of {facts['extractor']}, {preparation}"
+        print(f"{args.output_file}: {kept}, {of_what}")
     distributed.finish()
 
 

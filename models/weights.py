@@ -22,14 +22,14 @@ from util.files import atomic, read_json, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
-AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)  # ema, model_ema, ...
+AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
 PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
-HARMLESS = {  # module: classes and functions of checkpoints that can be left out
-    "argparse": "Namespace", "types": "SimpleNamespace", "collections": "defaultdict", "typing": "Any",
+HARMLESS = {  # module: what checkpoints have of it and weights do without
+    "argparse": "Namespace", "types": "SimpleNamespace", "typing": "Any", "uuid": "UUID",
     "builtins": "int float str list dict frozenset range", "datetime": "datetime date timedelta timezone",
-    "pathlib": PATHS, "pathlib._local": PATHS, "numpy": "dtype ndarray", "numpy.core.multiarray": ARRAYS,
-    "numpy._core.multiarray": ARRAYS, "omegaconf.dictconfig": "DictConfig", "easydict": "EasyDict",
-    "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
+    "numpy": "dtype ndarray bool_ int32 int64 float16 float32 float64", "numpy.core.multiarray": ARRAYS,
+    "numpy._core.multiarray": ARRAYS, "pathlib": PATHS, "pathlib._local": PATHS,
+    "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
     "omegaconf.base": "ContainerMetadata Metadata",
 }
 STRIP = (  # a program that keeps the tensors of a file
@@ -39,10 +39,9 @@ STRIP = (  # a program that keeps the tensors of a file
 )
 
 
-class Inert(dict):
+class Inert:
     """Stands for an object of a class in HARMLESS, without what the file says it is made of."""
 
-    __hash__ = object.__hash__
     __init__ = __setstate__ = lambda self, *_: None
 
 
@@ -150,15 +149,14 @@ def _pick_weights(tensors, kinds, path):
         wanted = " or ".join(f"{kind.__name__} weights: {kind.marker} is missing" for kind in kinds)
         there = ", ".join(sorted({name.split(".")[0] for name in tensors})[:9]) or "no tensors"
         raise ValueError(f"{path}: no {wanted}; there are {there}")
-    averages = [place for place in found if AVERAGE.search(place)]
-    place, *others = averages or found
+    place, *others = averages = [place for place in found if AVERAGE.search(place)] or found
     if others:
-        raise ValueError(f"{path} has several weights, {', '.join(averages or found)}: save one by itself")
-    outside = sorted({name.split(".")[0] for name in tensors if not name.startswith(place)})
-    if averages and len(found) > 1:
+        several = " and ".join(place.rstrip(".") or "those without a prefix" for place in averages)
+        raise ValueError(f"{path} has several weights, {several}: save those that are meant in a file")
+    if len(found) > 1:
         say(f"{path}: the moving average {place.rstrip('.')} is used")
-    elif not averages and (unread := [name for name in outside if AVERAGE.search(name)]):
-        warn(f"warning: {path}: the form of the moving average {unread[0]} is unknown, {place} is used")
+    elif unread := [n for n in tensors if AVERAGE.search(n.split(".")[0]) and not n.startswith(place)]:
+        warn(f"warning: {path}: {unread[0]} is of a moving average in an unknown form; {place}* is used")
     return {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
 
 
@@ -170,6 +168,7 @@ def read_pth(path):
         OSError: the file cannot be opened.
     """
     inert = [(Inert, f"{module}.{name}") for module in HARMLESS for name in HARMLESS[module].split()]
+    inert.append((lambda *_: {}, "collections.defaultdict"))  # may hold weights
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
@@ -208,8 +207,8 @@ def _read_safetensors(path):
 def _reason(error):
     """The informative line of a library's error; torch's first may be advice to read the file unsafely."""
     lines = str(error).splitlines() or [type(error).__name__]
-    line = next((line for line in lines if "nsupported" in line), lines[0])
-    return line.split(" Please")[0].strip()[:200]
+    line = next((line for line in lines if "nsupported" in line or "Unpickler error" in line), lines[0])
+    return line.partition("Unpickler error: ")[2].split(" Please")[0].strip()[:200] or line.strip()[:200]
 
 
 def load_state(model, state, path):

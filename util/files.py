@@ -54,7 +54,7 @@ def atomic(path):
         partial.replace(path)
     except OSError as error:  # a full disk is reported with the file
         if error.errno is None:  # of NumPy, say: "128 requested and 0 written"
-            raise OSError(f"cannot write {path}: {error}") from None
+            raise OSError(f"cannot write {path}, on a full disk? ({error})") from None
         error.filename = error.filename or str(path)
         raise
     finally:
