@@ -91,11 +91,8 @@ def open_batch(args, world):
 
 
 def known_statistics(args):
-    """mu and sigma that the file of --reference_batch has itself, or None; they are of Inception features."""
-    if args.data_path or not read_arrays(args.reference_batch, (), ["mu"]):
-        return None
-    if args.features != "inception":
-        distributed.say(f"{args.reference_batch}: its mu and sigma, of Inception features, are not used")
+    """mu and sigma of Inception features that the file of --reference_batch has itself, or None."""
+    if args.data_path or args.features != "inception" or not read_arrays(args.reference_batch, (), ["mu"]):
         return None
     return load_statistics(args.reference_batch, features=False)
 

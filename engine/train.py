@@ -103,10 +103,9 @@ class TrainState:
             self.ema[name].copy_(average)
 
     def start_from(self, name, class_names):
-        """Take the weights of a file, as `LPD.start_from`, for the model and its EMA."""
+        """Start from the weights of a file, as `LPD.start_from`; so does the EMA, if there is one."""
         self.model.start_from(name, class_names)
-        for key, average in self.ema.items():
-            average.copy_(self.model.state_dict()[key])
+        self.ema = {key: weight.clone() for key, weight in self.model.state_dict().items() if self.ema}
 
     @contextmanager
     def averaged(self):

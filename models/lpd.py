@@ -286,8 +286,7 @@ class LPD(Pretrained, nn.Module):
                 new[[names.index(name) for name in kept]] = old[[known.index(name) for name in kept]].to(new)
                 state["class_emb.weight"] = new
                 others = ", ".join(name for name in names if name not in known)[:200] or "none"
-                say(f"{path}: {len(kept)} of {len(names)} classes, found by name, keep their embedding; "
-                    f"new: {others}")
+                say(f"{path}: {len(kept)} classes, found by name, keep their embedding; new: {others}")
         load_state(self, state, path)
 
 

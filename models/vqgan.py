@@ -220,17 +220,13 @@ class VQModel(Pretrained, nn.Module):
     @staticmethod
     def config_of(state, recorded, size):
         """The recorded config, or else that of the shapes, as of LlamaGen's VQ-8 and VQ-16."""
-        first, blocks = (
-            sorted(fnmatch.filter(state, f"encoder.conv_blocks.{level}.res.{block}.conv1.weight"))
-            for level, block in (("*", 0), (0, "*"))
-        )
+        name = "encoder.conv_blocks.{}.res.{}.conv1.weight".format
+        first, blocks = (sorted(fnmatch.filter(state, name(*place))) for place in (("*", 0), (0, "*")))
         if recorded or not first:  # the names of another kind of tokenizer fit no config
             return recorded or VQConfig()
-        base_width = len(state["encoder.conv_in.weight"])
-        return VQConfig(
-            *state[VQModel.marker].shape, base_width, [len(state[name]) // base_width for name in first],
-            len(blocks), z_channels=len(state["encoder.conv_out.weight"]),
-        )
+        base_width, z_channels = (len(state[f"encoder.{conv}.weight"]) for conv in ("conv_in", "conv_out"))
+        multipliers = tuple(len(state[name]) // base_width for name in first)
+        return VQConfig(*state[VQModel.marker].shape, base_width, multipliers, len(blocks), z_channels)
 
     @classmethod
     def build(cls, state, info, size, path):

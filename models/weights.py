@@ -25,12 +25,11 @@ WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin
 AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
 PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
 HARMLESS = {  # module: what checkpoints have of it and weights do without
-    "argparse": "Namespace", "types": "SimpleNamespace", "typing": "Any", "uuid": "UUID",
+    "argparse": "Namespace", "types": "SimpleNamespace", "pathlib": PATHS, "pathlib._local": PATHS,
     "builtins": "int float str list dict frozenset range", "datetime": "datetime date timedelta timezone",
     "numpy": "dtype ndarray bool_ int32 int64 float16 float32 float64", "numpy.core.multiarray": ARRAYS,
-    "numpy._core.multiarray": ARRAYS, "pathlib": PATHS, "pathlib._local": PATHS,
+    "numpy._core.multiarray": ARRAYS, "omegaconf.base": "ContainerMetadata Metadata", "typing": "Any",
     "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
-    "omegaconf.base": "ContainerMetadata Metadata",
 }
 STRIP = (  # a program that keeps the tensors of a file
     "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else v for k, v in d.items() "
@@ -65,12 +64,12 @@ def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
 def _pick_file(names, suffixes, place):
     """Of the files in a folder or repository: the export's, the run's, or the only one with a suffix."""
     found = sorted(name for name in names if Path(name).suffix in suffixes)
-    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found]
+    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found] or found
     if not found:
         raise FileNotFoundError(f"{place} has no file that ends in {', '.join(suffixes)}")
-    if len(found) > 1 and not usual:
+    if usual == found != found[:1]:
         raise ValueError(f"{place} has several files, name one of them: {', '.join(found[:20])}")
-    return (usual or found)[0]
+    return usual[0]
 
 
 def _find_on_hub(name, suffixes, revision):
@@ -217,14 +216,6 @@ def load_state(model, state, path):
     Raises:
         ValueError: keys or shapes differ, or a weight is not finite.
     """
-    _check_names_and_shapes(model, state, path)
-    for name, weight in state.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite")
-    model.load_state_dict(state)
-
-
-def _check_names_and_shapes(model, state, path):
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -234,6 +225,9 @@ def _check_names_and_shapes(model, state, path):
         if weight.shape != state[name].shape:
             shapes = f"{list(state[name].shape)}, the model {list(weight.shape)}"
             raise ValueError(f"{path}: {name} has shape {shapes}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
+    model.load_state_dict(state)
 
 
 def _write(path, model, metadata):
@@ -287,13 +281,9 @@ class Pretrained:
     def from_pretrained(cls, name, revision=None):
         """A model in eval mode from a local folder or file, or from `owner/repo` on the hub at a branch, tag
         or commit. Raises as `load` does."""
-        path = name
         if not Path(name).exists():
-            try:
-                path = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(f"{name}: no such folder, and not on the hub ({error})") from error
-        return cls.load(path)[0]
+            name = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision)
+        return cls.load(name)[0]
 
     @classmethod
     def build(cls, state, info, size, path):
@@ -301,12 +291,11 @@ class Pretrained:
         try:
             recorded = cls.config_class(**info["config"]) if "config" in info else None
             config = cls.config_of(state, recorded, size)
-            with torch.device("meta"):  # no time for random weights, no memory for a wrong config
+            with torch.device("meta"):  # no time for random weights
                 model = cls(config)
+            model = model.to_empty(device="cpu")
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {_reason(error)}") from None
-        _check_names_and_shapes(model, state, path)
-        model = model.to_empty(device="cpu")
         load_state(model, state, path)
         return model.eval()
 

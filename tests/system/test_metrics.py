@@ -139,7 +139,7 @@ def test_only_what_is_used_of_a_file_is_read(tmp_path):
 ], ids=["images", "folder", "pickle"])
 def test_what_is_no_statistics_is_refused_with_the_program_that_makes_them(tmp_path, content):
     content(tmp_path / "s.npz")
-    with pytest.raises(ValueError, match="s.npz: no statistics .*main_stats.py .*--data_path .*--reference_b"):
+    with pytest.raises(ValueError, match="s.npz: no statistics .*main_stats.py .*--data_path .*--refe"):
         load_statistics(tmp_path / "s.npz")
 
 

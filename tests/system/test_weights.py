@@ -268,10 +268,10 @@ def test_256_px_weights_start_a_512_px_model(weights, tiny_lpd):
 
 
 @pytest.mark.parametrize("known, kept, said", [
-    ("abcde", {0: 4, 2: 0}, "2 of 3 classes, found by name, keep their embedding; new: z"),
-    ("vwxyo", {}, "0 of 3 classes, found by name, keep their embedding; new: e, z, a"),
-    (None, {}, "0 of 3 classes, found by name, keep their embedding; new: e, z, a"),
-    ("eza", {0: 0, 1: 1, 2: 2}, None), ("zae", {0: 2, 1: 0, 2: 1}, "3 of 3 classes, .* new: none"),
+    ("abcde", {0: 4, 2: 0}, "2 classes, found by name, keep their embedding; new: z"),
+    ("vwxyo", {}, "0 classes, found by name, keep their embedding; new: e, z, a"),
+    (None, {}, "0 classes, found by name, keep their embedding; new: e, z, a"),
+    ("eza", {0: 0, 1: 1, 2: 2}, None), ("zae", {0: 2, 1: 0, 2: 1}, "3 classes, .* new: none"),
 ])
 def test_classes_found_by_name_keep_their_embedding(suffix, tmp_path, tiny_lpd, capsys, known, kept, said):
     """Weights of classes `known` (None: not recorded) start a model of the classes e, z and a."""
