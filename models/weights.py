@@ -25,11 +25,12 @@ WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin
 AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
 PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
 HARMLESS = {  # module: what checkpoints have of it and weights do without
-    "argparse": "Namespace", "types": "SimpleNamespace", "pathlib": PATHS, "pathlib._local": PATHS,
+    "argparse": "Namespace", "types": "SimpleNamespace", "uuid": "UUID", "pathlib": PATHS,
     "builtins": "int float str list dict frozenset range", "datetime": "datetime date timedelta timezone",
     "numpy": "dtype ndarray bool_ int32 int64 float16 float32 float64", "numpy.core.multiarray": ARRAYS,
     "numpy._core.multiarray": ARRAYS, "omegaconf.base": "ContainerMetadata Metadata", "typing": "Any",
     "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
+    "pathlib._local": PATHS,
 }
 STRIP = (  # a program that keeps the tensors of a file
     "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else v for k, v in d.items() "

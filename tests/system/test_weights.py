@@ -236,24 +236,17 @@ def test_recorded_size_must_be_the_named_one(weights):
     VQConfig(), VQConfig(vocab_size=4096, multipliers=(1, 2, 2, 4)),
     VQConfig(64, 4, base_width=32, multipliers=(1, 3), num_res_blocks=1, z_channels=48),
 ], ids=["VQ-16", "VQ-8", "small"])
-@pytest.mark.parametrize("counter", [True, False])
-def test_tokenizer_without_a_config_has_the_sizes_of_its_shapes(tmp_path, config, counter):
-    """Zeros of these shapes under the key `model`; expanded, so that the file is small. Some of LlamaGen's
-    have no `codebook_used`."""
+def test_tokenizer_without_a_config_has_the_sizes_of_its_shapes(tmp_path, config):
+    """Zeros of these shapes under the key `model`; expanded, so that the file is small. LlamaGen's VQ-8 has no
+    `codebook_used`."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in VQModel(config).state_dict().items()}
     zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-    if not counter:
+    if config != VQConfig():
         del zeros["quantize.codebook_used"]
     torch.save({"model": zeros}, tmp_path / "vq.pt")
     model = VQModel.load(tmp_path / "vq.pt")[0]
     assert model.config == config and not model.quantize.codebook_used.any()
-
-
-def test_tokenizer_of_other_names_is_refused(tmp_path, tiny_vq):
-    codes = {VQModel.marker: torch.zeros(8, 4), "encoder.down.0.block.0.conv1.weight": torch.zeros(8, 4)}
-    torch.save({"state_dict": codes}, tmp_path / "taming.ckpt")
-    assert_refused(VQModel.load, tmp_path / "taming.ckpt", "weights missing, 1 unknown")
 
 
 # Starting a model of a larger grid.
