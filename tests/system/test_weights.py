@@ -237,8 +237,8 @@ def test_recorded_size_must_be_the_named_one(weights):
     VQConfig(64, 4, base_width=32, multipliers=(1, 3), num_res_blocks=1, z_channels=48),
 ], ids=["VQ-16", "VQ-8", "small"])
 def test_tokenizer_without_a_config_has_the_sizes_of_its_shapes(tmp_path, config):
-    """Zeros of these shapes under the key `model`; expanded, so that the file is small. LlamaGen's VQ-8 has no
-    `codebook_used`."""
+    """Zeros of these shapes under the key `model`; expanded, so that the file is small. A file may lack the
+    buffer `codebook_used`."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in VQModel(config).state_dict().items()}
     zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
