@@ -167,7 +167,7 @@ def train_config(args, data, num_images, world):
     return config
 
 
-def train_state(args, config, device):
+def train_state(args, config, class_names, device):
     """The training state: resumed, with the weights of --pretrained_ckpt, or new."""
     execution = Execution(grad_checkpointing=args.grad_checkpointing)
     if args.compile:
@@ -179,7 +179,7 @@ def train_state(args, config, device):
     if last:
         state.load(last)
     elif args.pretrained_ckpt:
-        state.model.start_from(args.pretrained_ckpt)
+        state.start_from(args.pretrained_ckpt, class_names)
     elif places[0] != places[-1]:
         raise ValueError(f"--resume: no {places[-1]}")
     return state
@@ -195,7 +195,7 @@ def run_training(args, world):
             class_num=len(names),
         )
         config = train_config(args, data, sources[0].num_images, world)
-        state, hooks = train_state(args, config, world.device), []
+        state, hooks = train_state(args, config, names, world.device), []
         if args.sample_freq:
             settings = generation_settings(args, grid_size, 8 * min(10, len(names)))
             hooks.append((args.sample_freq, report.sample_hook(settings, tokenizer, args.output_dir, names)))

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 8 main_stats.py --data_path imagenet --published_reading \\
         --output_file imagenet256.npz
-    python main_stats.py --reference_batch VIRTUAL_imagenet256_labeled.npz --output_file adm256.npz
+    python main_stats.py --reference_batch images.npz --output_file images_stats.npz
 
-Takes an image folder (ADM's centre crop) or one of ADM's reference batches, at any size.
+Takes an image folder (ADM's centre crop) or images in an .npz, as ADM stores them, at any size. ADM's own
+VIRTUAL_*.npz have mu and sigma, of the whole training set: these are kept, and --fid_stats reads them itself.
 """
 
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from engine.features import EXTRACTORS, make_extractor
-from engine.metrics import RunningStatistics, save_statistics
+from engine.metrics import RunningStatistics, load_statistics, save_statistics
 from util import cli, distributed
-from util.files import map_array
+from util.files import map_array, read_arrays
 from util.images import image_loader, in_order, readable_pixels
 
 
@@ -89,6 +90,13 @@ def open_batch(args, world):
     return len(array), size, f"reference batch of {size} px, as it is", batches
 
 
+def known_statistics(args):
+    """mu and sigma of Inception features that the file of --reference_batch has itself, or None."""
+    if args.data_path or args.features != "inception" or not read_arrays(args.reference_batch, (), ["mu"]):
+        return None
+    return load_statistics(args.reference_batch, features=False)
+
+
 def gather_statistics(world, n, batches, extractor, save_features):
     """Statistics over all processes and, if asked for, the features in image order; rank 0 has them all."""
     own = np.array_split(np.arange(n), world.size)[world.rank]
@@ -114,15 +122,19 @@ def main(argv=None):
         n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args, world)
         if n < 2:
             raise ValueError(f"{n} images: statistics need at least 2")
-        extractor = make_extractor(args.features, world.device, args.inception)
-    running, features = gather_statistics(world, n, batches, extractor, args.save_features)
+        known = known_statistics(args)
+        facts, features = {"extractor": args.features, "img_size": size, "preparation": preparation}, None
+        if measured := args.save_features or not known:
+            extractor = make_extractor(args.features, world.device, args.inception)
+            facts |= {"extractor": extractor.name, "extractor_digest": extractor.digest}
+    if measured:
+        running, features = gather_statistics(world, n, batches, extractor, args.save_features)
     if world.is_main:
-        save_statistics(
-            args.output_file, running.finish(), features=features, extractor=extractor.name,
-            extractor_digest=extractor.digest, img_size=size, preparation=preparation,
-        )
-        of_what = f"{extractor.num_features} features of {extractor.name}, {preparation}"
-        print(f"{args.output_file}: {n} images, {of_what}")
+        statistics = known or running.finish()
+        save_statistics(args.output_file, statistics, features=features, **facts)
+        kept = f"mu and sigma of {args.reference_batch}" if known else f"{n} images"
+        of_what = f"{len(statistics['mu'])} features of {facts['extractor']}, {preparation}"
+        print(f"{args.output_file}: {kept}, {of_what}")
 
 
 if __name__ == "__main__":

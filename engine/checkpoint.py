@@ -85,7 +85,7 @@ def restore(state, path, *parts):
     load_state(state.model, checkpoint["model"], path)
     saved = checkpoint["optimizer"]
     for group, own in zip(saved["param_groups"], state.optimizer.param_groups, strict=True):
-        group["fused"] = own["fused"]  # a matter of speed, chosen by this run
+        group.update({name: value for name, value in own.items() if name != "params"})  # chosen by this run
     state.optimizer.load_state_dict(saved)
     state.step, state.guard.skipped = checkpoint["step"], checkpoint.get("skipped", 0)
     return checkpoint

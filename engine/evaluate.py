@@ -54,7 +54,7 @@ class MetricSpec:
     @classmethod
     def load(cls, features, device, img_size, *, inception=None, fid_stats=None, kid=False, prc=False):
         """From an extractor's name and files. ValueError also for a reference of another image size."""
-        reference = load_statistics(fid_stats) if fid_stats else None
+        reference = load_statistics(fid_stats, features=kid or prc) if fid_stats else None
         digest = file_digest(fid_stats) if fid_stats else ""
         size = (reference or {}).get("img_size", img_size)
         if size != img_size:

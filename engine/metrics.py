@@ -13,6 +13,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from util.files import atomic, read_arrays
 
 FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")  # what our statistics files record
+REMEDY = "main_stats.py makes them of images: --data_path FOLDER, or --reference_batch FILE.npz with arr_0"
 INCEPTION_NAMES = {
     "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
     "kernel_distance_std": "kid_std",
@@ -54,17 +55,18 @@ def save_statistics(path, statistics, *, features=None, **facts):
         np.savez(file, **arrays)
 
 
-def load_statistics(path):
-    """Reference statistics, ours or MAR-style: dict of mu float64 [F], sigma float64 [F, F] and, if recorded,
-    FACTS and features float32 [n, F]. ValueError if damaged, incomplete, or non-finite."""
+def load_statistics(path, *, features=True):
+    """Reference statistics, whoever made them: dict of mu float64 [F], sigma float64 [F, F] and, if recorded,
+    FACTS and, if asked for, features float32 [n, F]. ValueError if damaged, incomplete, or non-finite."""
     try:
-        arrays = read_arrays(path)
+        arrays = read_arrays(path, ("mu", "sigma"), (*FACTS, *["features"] * features))
         found = {key: arrays[key].astype(np.float64) for key in ("mu", "sigma")}
         found |= {key: arrays[key].item() for key in FACTS if key in arrays}
         if "features" in arrays:
             found["features"] = arrays["features"].astype(np.float32)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no statistics with mu and sigma ({error})") from None
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: no statistics with mu and sigma ({reason}); {REMEDY}") from None
     shapes = {key: list(found[key].shape) for key in ("mu", "sigma", "features") if key in found}
     size = shapes["mu"]
     if len(size) != 1 or shapes["sigma"] != 2 * size or shapes.get("features", [0, *size])[1:] != size:

@@ -106,6 +106,11 @@ class TrainState:
         for name, average in restore(self, path, "ema")["ema"].items():
             self.ema[name].copy_(average)
 
+    def start_from(self, name, class_names):
+        """Start from the weights of a file, as `LPD.start_from`; so does the EMA, if there is one."""
+        self.model.start_from(name, class_names)
+        self.ema = {key: weight.clone() for key, weight in self.model.state_dict().items() if self.ema}
+
     @contextmanager
     def averaged(self):
         """Inside it the model is in eval mode and has the EMA weights, if there are any."""

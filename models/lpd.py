@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.layers import Block, KVCache, Linear
 from models.masks import cached_training_mask
 from models.weights import Pretrained, find, load_state, read_weights
+from util.distributed import say
 
 NO_LABEL = -1  # the label of the unconditional branch; `fake_latent` replaces its class embedding
 
@@ -269,13 +270,23 @@ class LPD(Pretrained, nn.Module):
             num_classes=state["class_emb.weight"].shape[0],
         )
 
-    def start_from(self, name):
+    def start_from(self, name, class_names=()):
         """Load weights that `find` knows into this model, resizing the position embeddings to its grid
-        (used to start a 512 px model from 256 px weights). Raises as `load` does."""
+        (used to start a 512 px model from 256 px weights). Of other classes than `class_names`, those found
+        by name keep their embedding and a line names the new ones. Raises as `load` does."""
         path = find(name)
-        state, _ = read_weights(path)
+        state, info = read_weights(path, LPD)
         with suppress(LookupError, RuntimeError, TypeError):  # absent or no grid: load_state reports it
-            state = {**state, "pos_embed": resize_pos_embed(state["pos_embed"], self.config.grid_size)}
+            state["pos_embed"] = resize_pos_embed(state["pos_embed"], self.config.grid_size)
+        known, names = info.get("class_names") or [], list(class_names)
+        with suppress(LookupError, RuntimeError, TypeError):
+            old, new = state["class_emb.weight"], self.class_emb.weight.detach().clone()
+            if names and names != known and (known or len(new) != len(old)):
+                kept = [name for name in names if name in known]
+                new[[names.index(name) for name in kept]] = old[[known.index(name) for name in kept]].to(new)
+                state["class_emb.weight"] = new
+                others = ", ".join(name for name in names if name not in known)[:200] or "none"
+                say(f"{path}: {len(kept)} classes, found by name, keep their embedding; new: {others}")
         load_state(self, state, path)
 
 

@@ -5,6 +5,7 @@ The state dict has the keys of the released `vq_ds16_c2i.pt`. B batch, C channel
 V codebook size, e code width.
 """
 
+import fnmatch
 from dataclasses import dataclass
 
 import torch
@@ -218,8 +219,19 @@ class VQModel(Pretrained, nn.Module):
 
     @staticmethod
     def config_of(state, recorded, size):
-        """The recorded config; the released file records none and is VQ-16."""
-        return recorded or VQConfig()
+        """The recorded config, or else that of the shapes, as of LlamaGen's VQ-8 and VQ-16."""
+        name = "encoder.conv_blocks.{}.res.{}.conv1.weight".format
+        first, blocks = (sorted(fnmatch.filter(state, name(*place))) for place in (("*", 0), (0, "*")))
+        if recorded or not first:  # the names of another kind of tokenizer fit no config
+            return recorded or VQConfig()
+        base_width, z_channels = (len(state[f"encoder.{conv}.weight"]) for conv in ("conv_in", "conv_out"))
+        multipliers = tuple(len(state[name]) // base_width for name in first)
+        return VQConfig(*state[VQModel.marker].shape, base_width, multipliers, len(blocks), z_channels)
+
+    @classmethod
+    def build(cls, state, info, size, path):
+        """As in `Pretrained`; `codebook_used`, which counts codes in training, may be missing."""
+        return super().build({"quantize.codebook_used": torch.zeros(65536), **state}, info, size, path)
 
     def latents(self, pixels):
         """pixels [B, 3, H, W] in [-1, 1] -> unit vectors [B, h, w, e], before quantisation."""

@@ -1,41 +1,76 @@
 """Weights on disk: from a name (file, folder, run, or hub) to a model, and back. Reading never runs code.
 
-    find(name) -> path; read_weights(path) -> state, info; Pretrained.load(name) -> model, info
+    find(name) -> path; read_weights(path, kind) -> state, info; Pretrained.load(name) -> model, info
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import pickle
+import re
+import shlex
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from util.distributed import say, warn
 from util.files import atomic, is_machine_trouble, naming, read_json, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
-WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt"), (".npy", ".json")
+WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
+AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
+PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
+HARMLESS = {  # module: what checkpoints have of it and weights do without
+    "argparse": "Namespace", "types": "SimpleNamespace", "uuid": "UUID", "pathlib": PATHS,
+    "builtins": "int float str list dict frozenset range", "datetime": "datetime date timedelta timezone",
+    "numpy": "dtype ndarray bool_ int32 int64 float16 float32 float64", "numpy.core.multiarray": ARRAYS,
+    "numpy._core.multiarray": ARRAYS, "omegaconf.base": "ContainerMetadata Metadata", "typing": "Any",
+    "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
+    "pathlib._local": PATHS,
+}
+STRIP = (  # a program that keeps the tensors of a file
+    "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else v for k, v in d.items() "
+    'if isinstance(v, (dict, torch.Tensor))}}; c = torch.load({}, "cpu", weights_only=False); '
+    'torch.save(f(getattr(c, "state_dict", lambda: c)()), {})'
+)
+
+
+class Inert:
+    """Stands for an object of a class in HARMLESS, without what the file says it is made of."""
+
+    __init__ = __setstate__ = lambda self, *_: None
 
 
 def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
-    """The local path of a file, of the weights in a folder (an export or a run), or of
+    """The local path of a file, of the weights in a folder (an export, a run, or one file of any name), or of
     `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached.
 
     Raises:
-        ValueError: no such name, or a file with another suffix. OSError: it is not there.
+        ValueError: no such name, a file with another suffix, or several. OSError: it is not there.
     """
     if str(name).startswith("hf://"):
         return _find_on_hub(str(name), suffixes, revision)
     path = Path(name)
     if path.is_dir():
-        path = path / (WEIGHTS if (path / WEIGHTS).is_file() else CHECKPOINT)
+        path = path / _pick_file([file.name for file in path.iterdir()], suffixes, path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     return path
+
+
+def _pick_file(names, suffixes, place):
+    """Of the files in a folder or repository: the export's, the run's, or the only one with a suffix."""
+    found = sorted(name for name in names if Path(name).suffix in suffixes)
+    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found] or found
+    if not found:
+        raise FileNotFoundError(f"{place} has no file that ends in {', '.join(suffixes)}")
+    if usual == found != found[:1]:
+        raise ValueError(f"{place} has several files, name one of them: {', '.join(found[:20])}")
+    return usual[0]
 
 
 def _find_on_hub(name, suffixes, revision):
@@ -44,12 +79,13 @@ def _find_on_hub(name, suffixes, revision):
     uri = parse_hf_uri(name)
     if uri.type != "model":
         raise ValueError(f"{name} is a {uri.type}, files are read from model repositories")
-    file = Path(uri.path_in_repo or (WEIGHTS if suffixes is WEIGHT_SUFFIXES else ""))
-    if file.suffix not in suffixes or ".." in file.parts:
+    file, revision = uri.path_in_repo, revision or uri.revision
+    if file and (Path(file).suffix not in suffixes or ".." in Path(file).parts):
         raise ValueError(f"{name} names no file of the kind {', '.join(suffixes)}")
-    files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
     try:
-        folder = snapshot_download(uri.id, revision=revision or uri.revision, allow_patterns=files)
+        file = Path(file or _pick_file(_names_on_hub(uri.id, revision), suffixes, "the repository"))
+        files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
+        folder = snapshot_download(uri.id, revision=revision, allow_patterns=files)
     except Exception as error:  # of the cache, the network or the server: there is no common type
         raise FileNotFoundError(f"{name}: {' '.join(str(error).split())[:400]}") from error
     if not (Path(folder) / file).is_file():
@@ -57,49 +93,93 @@ def _find_on_hub(name, suffixes, revision):
     return Path(folder) / file
 
 
-def read_weights(path):
-    """Weights of a `.safetensors`, `.pth` or `.pt` file, and what the file records about them.
+def _names_on_hub(repo, revision):
+    """The names of a repository's files; without a network, of those that are cached."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    A training checkpoint gives its moving average if it has one.
+    try:
+        return [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings]
+    except Exception:
+        with suppress(Exception):
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        raise
+
+
+def read_weights(path, *kinds):
+    """Weights of one of the `kinds` (subclasses of `Pretrained`), and what their file records about them.
+
+    They may lie in dicts of any names, and behind prefixes such as `module.`: the kind's marker says where. A
+    moving average goes before what it is of, and a line says so. Without `kinds`, all tensors of the file.
 
     Returns:
         (state dict, info dict); info is empty for a released file.
     Raises:
-        ValueError: truncated, damaged, or no plain weights; the message names the file.
+        ValueError: truncated, damaged, no such weights, or several; the message names the file.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        state, info = _read_safetensors(path)
+        content, info = _read_safetensors(path)
     else:
-        checkpoint = read_pth(path)
-        state = checkpoint.get("ema") or checkpoint.get("model", checkpoint)
-        info = checkpoint.get("info", {})
-        if isinstance(info, dict) and "train_config" in checkpoint:
-            info = {"train_config": checkpoint["train_config"], **info}
-    if not isinstance(state, dict) or not all(isinstance(w, torch.Tensor) for w in state.values()):
-        raise ValueError(f"{path}: holds no weights under 'model'")
+        content = read_pth(path)
+        info = content.get("info", {})
+        if isinstance(info, dict) and "train_config" in content:
+            info = {"train_config": content["train_config"], **info}
     if not isinstance(info, dict):
         raise ValueError(f"{path}: its record of the weights is damaged ({str(info):.60})")
-    return state, info
+    tensors = dict(_tensors(content))
+    return _pick_weights(tensors, kinds, path) if kinds else tensors, info
+
+
+def _tensors(value, name=""):
+    """(dotted name, tensor) pairs of nested dicts and lists. Names lose the parts that wrappers of modules
+    add, such as `_orig_mod`: these begin with an underscore."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            words = [word for word in [name, *str(key).split(".")] if word and not word.startswith("_")]
+            yield from _tensors(part, ".".join(words))
+
+
+def _pick_weights(tensors, kinds, path):
+    """The tensors whose names begin as that of a kind's marker does, named without that beginning."""
+    found = [n.removesuffix(k.marker) for n in tensors for k in kinds if f".{n}".endswith(f".{k.marker}")]
+    if not found:
+        wanted = " or ".join(f"{kind.__name__} weights: {kind.marker} is missing" for kind in kinds)
+        there = ", ".join(sorted({name.split(".")[0] for name in tensors})[:9]) or "no tensors"
+        raise ValueError(f"{path}: no {wanted}; there are {there}")
+    place, *others = averages = [place for place in found if AVERAGE.search(place)] or found
+    if others:
+        several = " and ".join(place.rstrip(".") or "those without a prefix" for place in averages)
+        raise ValueError(f"{path} has several weights, {several}: save those that are meant in a file")
+    if len(found) > 1:
+        say(f"{path}: the moving average {place.rstrip('.')} is used")
+    elif unread := [n for n in tensors if AVERAGE.search(n.split(".")[0]) and not n.startswith(place)]:
+        warn(f"warning: {path}: {unread[0]} is of a moving average in an unknown form; {place}* is used")
+    return {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
 
 
 def read_pth(path):
-    """The dict in a `.pth` file, on the CPU. Of classes only `argparse.Namespace` is allowed, which released
-    checkpoints contain.
+    """The dict in a `.pth` file, on the CPU. Objects of classes in HARMLESS are `Inert`, others are refused.
 
     Raises:
         ValueError: truncated, damaged (torch.load compares no checksums; this does), or with code inside.
         OSError: the file cannot be opened.
     """
+    inert = [(Inert, f"{module}.{name}") for module in HARMLESS for name in HARMLESS[module].split()]
+    inert.append((lambda *_: {}, "collections.defaultdict"))  # may hold weights
     try:
-        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals(inert):
             if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
                 raise ValueError(f"the checksum of {part} is wrong")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)})") from None
+        strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
+        remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
+        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
     except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
         if is_machine_trouble(error):
             raise
@@ -128,8 +208,8 @@ def _read_safetensors(path):
 def _reason(error):
     """The informative line of a library's error; torch's first may be advice to read the file unsafely."""
     lines = str(error).splitlines() or [type(error).__name__]
-    line = next((line for line in lines if "nsupported" in line), lines[0])
-    return line.split(" Please")[0].strip()[:200]
+    line = next((line for line in lines if "nsupported" in line or "Unpickler error" in line), lines[0])
+    return line.partition("Unpickler error: ")[2].split(" Please")[0].strip()[:200] or line.strip()[:200]
 
 
 def load_state(model, state, path):
@@ -138,14 +218,6 @@ def load_state(model, state, path):
     Raises:
         ValueError: keys or shapes differ, or a weight is not finite.
     """
-    _check_names_and_shapes(model, state, path)
-    for name, weight in state.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"{path}: {name} is not finite")
-    model.load_state_dict(state)
-
-
-def _check_names_and_shapes(model, state, path):
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
@@ -155,17 +227,24 @@ def _check_names_and_shapes(model, state, path):
         if weight.shape != state[name].shape:
             shapes = f"{list(state[name].shape)}, the model {list(weight.shape)}"
             raise ValueError(f"{path}: {name} has shape {shapes}")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
+    model.load_state_dict(state)
 
 
-def _plain_state(model):
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def _write(path, model, metadata):
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(path) as partial:
+        try:
+            save_file(state, partial, metadata=metadata)
+        except SafetensorError as error:  # in place of the OSError of a full disk
+            raise OSError(str(error)) from None
 
 
 def save_weights(path, model, **info):
     """Write a model's weights as `.safetensors`, with its config and any JSON-able `info` in the header."""
     info["config"] = dataclasses.asdict(model.config)
-    with atomic(path) as partial:
-        save_file(_plain_state(model), partial, metadata={"lpd": json.dumps(info)})
+    _write(path, model, {"lpd": json.dumps(info)})
 
 
 def state_digest(model):
@@ -197,35 +276,28 @@ class Pretrained:
             ValueError: damaged, weights of another model or size, or not finite. OSError: not there.
         """
         path = find(name)
-        state, info = read_weights(path)
+        state, info = read_weights(path, cls)
         return cls.build(state, info, size, path), info
 
     @classmethod
     def from_pretrained(cls, name, revision=None):
         """A model in eval mode from a local folder or file, or from `owner/repo` on the hub at a branch, tag
         or commit. Raises as `load` does."""
-        path = name
         if not Path(name).exists():
-            try:
-                path = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision)
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(f"{name}: no such folder, and not on the hub ({error})") from error
-        return cls.load(path)[0]
+            name = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision)
+        return cls.load(name)[0]
 
     @classmethod
     def build(cls, state, info, size, path):
         """The model in eval mode from what `read_weights` returned; raises as `load` does."""
-        if cls.marker not in state:
-            raise ValueError(f"{path}: no {cls.__name__} weights: {cls.marker} is missing")
         try:
             recorded = cls.config_class(**info["config"]) if "config" in info else None
             config = cls.config_of(state, recorded, size)
-            with torch.device("meta"):  # no time for random weights, no memory for a wrong config
+            with torch.device("meta"):  # no time for random weights
                 model = cls(config)
+            model = model.to_empty(device="cpu")
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: {_reason(error)}") from None
-        _check_names_and_shapes(model, state, path)
-        model = model.to_empty(device="cpu")
         load_state(model, state, path)
         return model.eval()
 
@@ -233,6 +305,5 @@ class Pretrained:
         """Write `config.json`, with the model's config and any JSON-able `info`, and `model.safetensors` into
         a folder; files of these names are replaced."""
         folder = Path(folder)
-        with atomic(folder / WEIGHTS) as partial:
-            save_file(_plain_state(self), partial, metadata={"format": "pt"})
+        _write(folder / WEIGHTS, self, {"format": "pt"})
         write_json(folder / CONFIG, {**info, "config": dataclasses.asdict(self.config)})

@@ -42,7 +42,7 @@ def add_schedule_flags(parser, default):
     add("--img_size", type=cli.number(int, 1), default=256, help="side of the image in pixels")
     add("--vqgan_stride", type=cli.number(int, 1), default=16, help="side of a token in pixels")
     add("--generation_steps", type=cli.number(int, 1), help=f"of the cosine schedule; default: {default}")
-    add("--group_sizes", type=int, nargs="+", help="tokens of each step, instead of --generation_steps")
+    add("--group_sizes", action=cli.GroupSizes, nargs="+", help="tokens of each step, instead of a number")
 
 
 def schedule_of(args):

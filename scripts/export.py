@@ -94,7 +94,7 @@ def main(argv=None):
     folder = Path(args.output_dir)
     with cli.checking("--checkpoint: "):
         path = find(args.checkpoint)
-        state, info = read_weights(path)
+        state, info = read_weights(path, VQModel, LPD)
         kind = VQModel if VQModel.marker in state else LPD
         model = kind.build(state, info, args.model, path)
     model.save_pretrained(folder, **info)

@@ -78,7 +78,7 @@ class GroupSizes(argparse.Action):
 
     def __call__(self, parser, args, values, flag=None):
         text = " ".join(values)
-        if not re.fullmatch(r"[\d\s]+|\[[\d,\s]+\](\s*\*\s*\d+)?", text):
+        if not re.fullmatch(r"[\d\s]+|\[[\d,\s]+\](\s*\*\s*[1-9]\d{0,5})?", text):
             parser.error(f"{flag}: {text[:80]!r} is no list of numbers")
         sizes, _, times = text.partition("*")
         setattr(args, self.dest, [int(size) for size in re.findall(r"\d+", sizes)] * int(times or 1))

@@ -79,8 +79,10 @@ def atomic(path):
         partial.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner may read
         check_owner(path)
         partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # so that a full disk is reported with the file
+    except OSError as error:  # a full disk is reported with the file
+        if error.errno is None:  # of NumPy, say: "128 requested and 0 written"
+            raise OSError(f"cannot write {path}, on a full disk? ({error})") from None
+        error.filename = error.filename or str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -272,14 +274,14 @@ def _one_line_errors(path, what):
         raise ValueError(f"{path}: no readable {what} ({reason[:200]})") from None
 
 
-def read_arrays(path, keys=None):
-    """Arrays of an `.npz` (by default all) as a dict. Nothing in the file is executed.
+def read_arrays(path, keys, optional=()):
+    """Arrays of an `.npz` as a dict: `keys`, and those of `optional` that it has. Nothing in it is executed.
 
     Raises:
         ValueError: damaged, or an array is missing; the message names the file. OSError: cannot be opened.
     """
     with _one_line_errors(path, ".npz"), np.load(path, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in (archive.files if keys is None else keys)}
+        arrays = {key: archive[key] for key in (*keys, *(key for key in optional if key in archive.files))}
         for key, array in arrays.items():
             if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is no array
                 raise ValueError(f"{key} is no array")

@@ -58,7 +58,7 @@ CASES = [  # command, changed flags, words of the error
     ("train", {"epochs": 0}, ["--epochs 0", "18 images", "no step of 4"]),
     ("train", {"sample_freq": 1}, ["--sample_freq", "--vqgan_path"]),
     ("train", {"save_npz": "x.npz"}, ["--save_npz", "--evaluate"]),
-    ("train", {"pretrained_ckpt": "{tokenizer}"}, ["{tokenizer}", "weights missing"]),
+    ("train", {"pretrained_ckpt": "{tokenizer}"}, ["{tokenizer}", "no LPD weights"]),
     ("train", {"out": "{file}"}, ["--output_dir", "{file}", "not a folder"]),
     ("train", {"out": "{run}", "lr": 1}, ["{run}", "lr 0.001", "1.0"]),
     ("train", {"resume": "{absent}"}, ["--resume", "{absent}/checkpoint-last.pth"]),

@@ -1,6 +1,7 @@
 """Files are whole or absent, damaged ones are refused by name, and one program at a time writes a folder."""
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,10 @@ import helpers
 import numpy as np
 import pytest
 
-from models.weights import read_pth
+from engine.metrics import save_statistics
+from models.vqgan import VQModel
+from models.weights import read_pth, save_weights
+from orders.order_file import save_orders
 from util import files
 from util.logging import MetricsLog, read_metrics
 
@@ -155,6 +159,30 @@ def test_disk_that_fails_while_reading_is_no_damaged_file(read):
     """/proc/self/mem can be opened, but not read from its beginning."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '/proc/self/mem'$"):
         read(Path("/proc/self/mem"))
+WRITERS = {
+    "w.safetensors": lambda path: save_weights(path, VQModel(helpers.VQ)),
+    "model.safetensors": lambda path: VQModel(helpers.VQ).save_pretrained(path.parent),
+    "o.npy": lambda path: save_orders(path, np.zeros((9, 1000)), {}),
+    "o.json": lambda path: save_orders(path, np.zeros((9, 1000)), {}),
+    "s.npz": lambda path: save_statistics(path, {"mu": np.zeros(9000)}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_write_that_fails_midway_is_one_line_naming_the_file(tmp_path, name):
+    """The limit on the size of files stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        try:
+            WRITERS[name](tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    outcome = helpers.call_main(lambda _: write())
+    assert outcome.status == 1 and outcome.err.count("\n") == 1 and "None" not in outcome.err
+    assert str(tmp_path / name) in outcome.err and not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "truncated", "binary"])

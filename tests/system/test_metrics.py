@@ -1,6 +1,7 @@
 """Metrics by hand and against torch-fidelity called directly, statistics files, and feature extractors."""
 
 import math
+import pickle
 
 import helpers
 import numpy as np
@@ -123,6 +124,23 @@ WRONG = {
     "text": ({"mu": np.array(["a"] * 4), "sigma": SIGMA}, "no statistics"),
     "truncated": ({"mu": MU, "sigma": SIGMA}, "no statistics"),
 }
+
+
+def test_only_what_is_used_of_a_file_is_read(tmp_path):
+    """An array of objects cannot be: it stands for the 2 GB of images in ADM's files."""
+    objects = np.array([{}], object)
+    np.savez(tmp_path / "s.npz", mu=MU, sigma=SIGMA, arr_0=objects, mu_s=objects, features=objects)
+    assert set(load_statistics(tmp_path / "s.npz", features=False)) == {"mu", "sigma"}
+
+
+@pytest.mark.parametrize("content", [
+    lambda path: np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8)), lambda path: path.mkdir(),
+    lambda path: path.write_bytes(pickle.dumps({"mu": MU, "sigma": SIGMA})),
+], ids=["images", "folder", "pickle"])
+def test_what_is_no_statistics_is_refused_with_the_program_that_makes_them(tmp_path, content):
+    content(tmp_path / "s.npz")
+    with pytest.raises(ValueError, match="s.npz: no statistics .*main_stats.py .*--data_path .*--refe"):
+        load_statistics(tmp_path / "s.npz")
 
 
 @pytest.mark.parametrize("case", WRONG)

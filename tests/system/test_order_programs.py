@@ -42,6 +42,15 @@ def test_both_formats_have_the_orders_of_the_flags(tmp_path, kind):
     }
 
 
+@pytest.mark.parametrize("given, sizes", [
+    (["[1]*64"], (1,) * 64), (["[1,", "3,", "60]"], (1, 3, 60)), (["1", "3", "60"], (1, 3, 60)),
+])
+def test_group_sizes_are_written_as_for_training(tmp_path, given, sizes):
+    flags = ["--img_size", 64, "--vqgan_stride", 8, "--num_runs", 2, "--output_file", tmp_path / "a.npy"]
+    assert run(*flags, "--group_sizes", *given).status == 0
+    np.testing.assert_array_equal(load_orders(tmp_path / "a.npy", 64), lpd_orders(2, sizes, 8))
+
+
 def test_the_number_of_workers_and_batches_does_not_change_the_orders(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lpd_order, "CELLS_PER_BATCH", 2 * 64)
     for workers in (1, 3):
@@ -58,6 +67,8 @@ def test_the_number_of_workers_and_batches_does_not_change_the_orders(tmp_path, 
         (["--generation_steps", 65], "--generation_steps: 65 steps for 64 tokens"),
         (["--group_sizes", 1, 63], "--group_sizes has 2 steps, --generation_steps is 8"),
         (["--group_sizes", *[1] * 7, 2], "--group_sizes: group sizes sum to 9, but there are 64 tokens"),
+        (["--group_sizes", "[1]*0"], "--group_sizes: '[1]*0' is no list of numbers"),
+        (["--group_sizes", "[1]*999999999999"], "--group_sizes: '[1]*999999999999' is no list of numbers"),
         (["--repulsion_threshold", "nan"], "--repulsion_threshold: nan is not at least 0"),
         (["--order", "spiral"], "invalid choice: 'spiral'"),
         (["--output_file", "orders.txt"], "--output_file orders.txt must end in .npy or .json"),

@@ -67,6 +67,20 @@ def test_reference_batch_of_any_size_gives_the_statistics_of_its_images(save, pi
     assert found["img_size"] == 2 * SIZE
 
 
+@pytest.mark.parametrize("flags", [[], ["--save_features"], ["--features", "efficientnet_lite0"]], ids=str)
+def test_mu_and_sigma_of_a_batch_are_kept_if_they_are_of_inception(flags, pixels, images, tmp_path):
+    """ADM's VIRTUAL_*.npz have those of the whole training set beside 10,000 of its images."""
+    known = {"mu": np.arange(4.0), "sigma": np.eye(4), "mu_s": np.zeros(2), "sigma_s": np.eye(2)}
+    np.savez(tmp_path / "batch.npz", arr_0=images, **known)
+    found, out = stats(tmp_path / "s.npz", "--reference_batch", tmp_path / "batch.npz", *flags)
+    if "efficientnet_lite0" in flags:
+        assert_numpys(found, images)
+    else:
+        assert np.array_equal(found["mu"], known["mu"]) and np.array_equal(found["sigma"], known["sigma"])
+        assert f"mu and sigma of {tmp_path / 'batch.npz'}" in out and "n" not in found
+        assert len(found.get("features", [])) == (18 if flags else 0)
+
+
 def test_saved_features_are_in_image_order(pixels, images, tmp_path):
     save_image_npz(tmp_path / "batch.npz", [images[:7], images[7:]], np.zeros(18))
     flags = ("--reference_batch", tmp_path / "batch.npz", "--save_features")

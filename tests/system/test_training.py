@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import helpers
@@ -18,8 +19,9 @@ from engine.checkpoint import LAST, PREVIOUS, checkpoint_of, load_checkpoint, sa
 from engine.data import CachedTokens, EncodedImages, ResidentTokens
 from engine.loop import RunSettings
 from engine.train import new_state, train, train_step
+from models.lpd import LPD
 from models.vqgan import VQModel
-from models.weights import read_pth, read_weights
+from models.weights import read_pth, read_weights, save_weights
 from util import distributed
 from util.folders import list_images
 from util.logging import MetricsLog, read_metrics
@@ -171,7 +173,7 @@ def test_hooks_are_called_when_due_and_at_the_end_with_averaged_weights(tmp_path
     assert numbered == {"checkpoint-2.pth": 4, "checkpoint-4.pth": 8}
     weights, info = read_weights(tmp_path / "lpd.safetensors")
     assert same(weights, state.ema) and info["about"] == "the data"
-    assert same(read_weights(tmp_path / LAST)[0], state.ema)  # averaged weights are what readers get
+    assert same(read_weights(tmp_path / LAST, LPD)[0], state.ema)  # averaged weights are what readers get
 
 
 def test_restarted_run_is_one_run_of_wandb_and_another_folder_another(tmp_path, monkeypatch):
@@ -265,6 +267,31 @@ def test_checkpoint_without_one_of_its_parts_is_refused_by_name(tmp_path, missin
     save_checkpoint(tmp_path / "cut.pth", checkpoint)
     with pytest.raises(ValueError, match=f"cut.pth: no checkpoint of this training, {missing} is missing"):
         state.load(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("change", [
+    {"fused": True}, {"foreach": True}, {}, {"fused": None, "foreach": False, "maximize": True},
+], ids=str)
+def test_resuming_takes_this_run_s_way_of_computing_adamw(change, tmp_path):
+    state = new_state(CONFIG, ALONE.device)
+    checkpoint = checkpoint_of(state, {}, ema={})
+    groups = checkpoint["optimizer"]["param_groups"]
+    checkpoint["optimizer"]["param_groups"] = [
+        group | change if change else {"params": group["params"]} for group in groups
+    ]
+    save_checkpoint(tmp_path / LAST, checkpoint)
+    before = [{**group, "params": 0} for group in state.optimizer.param_groups]
+    state.load(tmp_path / LAST)
+    assert [{**group, "params": 0} for group in state.optimizer.param_groups] == before
+    state.optimizer.step()
+
+
+def test_moving_average_starts_from_the_weights_that_training_starts_from(tmp_path):
+    save_weights(tmp_path / "a.safetensors", LPD(MODEL))
+    state = new_state(replace(CONFIG, ema=0.9), ALONE.device)
+    state.start_from(tmp_path / "a.safetensors", [*"abcd"])
+    weights = read_weights(tmp_path / "a.safetensors")[0]
+    assert same(state.ema, weights) and same(weights, dict(state.model.state_dict()))
 
 
 def save_twice(path):

@@ -6,8 +6,13 @@ import errno
 import io
 import os
 import re
+import shlex
 import socket
+import uuid
+from collections import defaultdict
 from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import helpers
 import numpy as np
@@ -98,11 +103,77 @@ def test_config_file_is_read_only_for_a_model_safetensors_without_a_header(tmp_p
     assert read_weights(tmp_path / "model.safetensors")[1]["class_names"] == ["a", "b"]
 
 
-def test_moving_average_is_preferred_if_there_is_one(tmp_path, tiny_lpd):
+def behind(prefix, state):
+    return {f"{prefix}{name}": weight for name, weight in state.items()}
+
+
+def averaged(state):
+    return {name: weight + 1 for name, weight in state.items()}
+
+
+AVERAGES = {  # what training code of others saves: a function of the weights; the name of the average
+    "MAR": (lambda w: {"model": w, "model_ema": averaged(w), "epoch": 3}, "model_ema"),
+    "DiT": (lambda w: {"model": w, "ema": averaged(w), "opt": {"state": {0: {"exp_avg": w}}}}, "ema"),
+    "timm": (lambda w: {"state_dict": w, "state_dict_ema": behind("module.", averaged(w))},
+             "state_dict_ema.module"),
+    "Lightning": (lambda w: {"state_dict": behind("net.", w) | {"ema_net.n_averaged": torch.tensor(3)}
+                             | behind("ema_net.module.", averaged(w))}, "state_dict.ema_net.module"),
+}
+PLAIN = {
+    "no average yet": lambda w: {"model": w, "ema": {}},
+    "compiled": lambda w: {"model": behind("_orig_mod.", w)},
+    "DDP": lambda w: behind("module.", w),
+    "DDP of compiled": lambda w: {"model": behind("module._orig_mod.", w)},
+    "compiled DDP": lambda w: {"model": behind("_orig_mod.module.", w)},
+    "compiled blocks": lambda w: {"model": {re.sub(r"(s\.\d)", r"\1._orig_mod", n): w[n] for n in w}},
+    "Lightning, no average": lambda w: {"state_dict": behind("model.", w), "hyper_parameters": {"lr": 1}},
+    "DeepSpeed": lambda w: {"module": w, "dtype": torch.float16, "optimizer": None},
+}
+
+
+@pytest.mark.parametrize("maker", [*AVERAGES, *PLAIN])
+def test_weights_are_found_wherever_they_lie_and_an_average_is_said(maker, tmp_path, tiny_lpd, capsys):
+    state, path = tiny_lpd.state_dict(), tmp_path / "a.ckpt"
+    content, average = AVERAGES.get(maker) or (PLAIN[maker], None)
+    torch.save(content(state), path)
+    assert equal_states(read_weights(path, LPD)[0], averaged(state) if average else state)
+    assert capsys.readouterr().out == (f"{path}: the moving average {average} is used\n" if average else "")
+    save_file(behind("module.", state), tmp_path / "b.safetensors")
+    assert equal_states(read_weights(tmp_path / "b.safetensors", VQModel, LPD)[0], state)
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda w: {"ema_0.99": w, "ema_0.9999": w, "model": w}, "several weights, ema_0.99 and ema_0.9999"),
+    (lambda w: {**w, **behind("teacher.", w)}, "several weights, those without a prefix and teacher"),
+    (lambda w: {"net": {"a": w["norm.bias"]}, "epoch": 3}, "pos_embed is missing; there are net"),
+    (lambda w: {"model": {"a": [1]}}, "no LPD weights: pos_embed is missing; there are no tensors"),
+])
+def test_file_of_several_weights_or_none_is_refused_with_what_is_there(tmp_path, tiny_lpd, content, message):
+    torch.save(content(tiny_lpd.state_dict()), tmp_path / "a.pth")
+    assert_refused(LPD.load, tmp_path / "a.pth", message)
+
+
+def test_moving_average_of_unknown_form_is_named(tmp_path, tiny_lpd, capsys):
     state = tiny_lpd.state_dict()
-    for average in ({name: tensor + 1 for name, tensor in state.items()}, {}):
-        torch.save({"model": state, "ema": average, "info": {}}, tmp_path / "a.pth")
-        assert equal_states(read_weights(tmp_path / "a.pth")[0], average or state)
+    torch.save({"model": state, "ema": {"shadow_params": [*state.values()]}}, tmp_path / "a.pth")
+    assert equal_states(read_weights(tmp_path / "a.pth", LPD)[0], state)
+    assert "ema.shadow_params.0 is of a moving average in an unknown form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lpd_l_256.pth", "pytorch_model.bin", "last.ckpt"])
+def test_only_weights_of_a_folder_or_repository_are_found_by_any_name(cache, tmp_path, tiny_lpd, name):
+    snapshot = publish(cache, "owner/repo", tiny_lpd)
+    (snapshot / "model.safetensors").unlink()
+    for folder, place in ((tmp_path / "folder", tmp_path / "folder"), (snapshot, "hf://owner/repo")):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").touch()
+        with pytest.raises(FileNotFoundError, match=f"{place}.* has no file that ends in .safetensors, .pth"):
+            LPD.load(place)
+        save_pth(folder / name, tiny_lpd)
+        assert equal(LPD.load(place)[0], tiny_lpd)
+        save_pth(folder / "other.pth", tiny_lpd)
+        with pytest.raises((ValueError, OSError), match=f"{place}.* several files.* {name}"):
+            LPD.load(place)
 
 
 def test_digest_depends_on_the_weights_alone(weights, tiny_lpd):
@@ -163,15 +234,21 @@ def test_recorded_size_must_be_the_named_one(weights):
     assert_refused(lambda path: LPD.load(path, "lpd_l"), weights, named)
 
 
-def test_tokenizer_without_a_config_is_read_as_vq16(tmp_path, tiny_vq):
-    """Zeros of the released shapes under the key `model`; expanded, so that the file is small."""
+@pytest.mark.parametrize("config", [
+    VQConfig(), VQConfig(vocab_size=4096, multipliers=(1, 2, 2, 4)),
+    VQConfig(64, 4, base_width=32, multipliers=(1, 3), num_res_blocks=1, z_channels=48),
+], ids=["VQ-16", "VQ-8", "small"])
+def test_tokenizer_without_a_config_has_the_sizes_of_its_shapes(tmp_path, config):
+    """Zeros of these shapes under the key `model`; expanded, so that the file is small. A file may lack the
+    buffer `codebook_used`."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in VQModel(VQConfig()).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in VQModel(config).state_dict().items()}
     zeros = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-    torch.save({"model": zeros}, tmp_path / "vq_ds16_c2i.pt")
-    assert VQModel.load(tmp_path / "vq_ds16_c2i.pt")[0].config == VQConfig()
-    torch.save({"model": tiny_vq.state_dict()}, tmp_path / "small.pt")
-    assert_refused(VQModel.load, tmp_path / "small.pt", "weights missing")
+    if config != VQConfig():
+        del zeros["quantize.codebook_used"]
+    torch.save({"model": zeros}, tmp_path / "vq.pt")
+    model = VQModel.load(tmp_path / "vq.pt")[0]
+    assert model.config == config and not model.quantize.codebook_used.any()
 
 
 # Starting a model of a larger grid.
@@ -185,7 +262,26 @@ def test_256_px_weights_start_a_512_px_model(weights, tiny_lpd):
     assert equal_states(model.state_dict(), expected)
 
 
-def test_weights_of_other_classes_do_not_start_a_model(weights, tiny_lpd):
+@pytest.mark.parametrize("known, kept, said", [
+    ("abcde", {0: 4, 2: 0}, "2 classes, found by name, keep their embedding; new: z"),
+    ("vwxyo", {}, "0 classes, found by name, keep their embedding; new: e, z, a"),
+    (None, {}, "0 classes, found by name, keep their embedding; new: e, z, a"),
+    ("eza", {0: 0, 1: 1, 2: 2}, None), ("zae", {0: 2, 1: 0, 2: 1}, "3 classes, .* new: none"),
+])
+def test_classes_found_by_name_keep_their_embedding(suffix, tmp_path, tiny_lpd, capsys, known, kept, said):
+    """Weights of classes `known` (None: not recorded) start a model of the classes e, z and a."""
+    old = LPD(replace(tiny_lpd.config, num_classes=len(known or "abcde")))
+    SAVERS[suffix](tmp_path / f"a{suffix}", old, **({"class_names": [*known]} if known else {}))
+    model = LPD(replace(tiny_lpd.config, num_classes=3))
+    expected = model.class_emb.weight.detach().clone()
+    for label, its_old in kept.items():
+        expected[label] = old.class_emb.weight[its_old]
+    model.start_from(tmp_path / f"a{suffix}", ["e", "z", "a"])
+    assert torch.equal(model.class_emb.weight, expected) and torch.equal(model.pos_embed, old.pos_embed)
+    assert re.search(said or "^$", capsys.readouterr().out)
+
+
+def test_classes_of_another_number_without_names_do_not_start_a_model(weights, tiny_lpd):
     model = LPD(replace(tiny_lpd.config, num_classes=7))
     shapes = r"class_emb.weight has shape \[5, 32\], the model \[7, 32\]"
     assert_refused(model.start_from, weights, shapes)
@@ -258,7 +354,7 @@ def test_weights_that_are_not_there_are_named_in_one_line(cache, tiny_lpd, name)
 
 
 @pytest.mark.parametrize("name", [
-    "hf://owner/repo/weights.bin", "hf://owner/repo/model.py", "hf://owner/repo/../../x.safetensors",
+    "hf://owner/repo/weights.h5", "hf://owner/repo/model.py", "hf://owner/repo/../../x.safetensors",
     "hf://owner", "hf://", "hf://datasets/owner/repo/x.safetensors", "hf://owner/repo/orders.npy",
 ])
 def test_name_of_anything_but_weights_is_refused_before_it_is_fetched(name, monkeypatch):
@@ -321,7 +417,7 @@ def test_weights_of_the_other_kind_are_refused(tmp_path, tiny_lpd, tiny_vq, suff
     SAVERS[suffix](vq, tiny_vq)
     assert_refused(LPD.load, vq, "no LPD weights: pos_embed is missing")
     assert_refused(VQModel.load, lpd, "no VQModel weights: quantize.embedding.weight is missing")
-    assert_refused(tiny_lpd.start_from, vq, "weights missing")
+    assert_refused(tiny_lpd.start_from, vq, "no LPD weights: pos_embed is missing")
     for shape in ((1, 16, 32), (16, 32), (1, 0, 32), (1, 17, 16)):
         torch.save({**tiny_lpd.state_dict(), "pos_embed": torch.zeros(shape)}, tmp_path / "odd.pth")
         assert_refused(tiny_lpd.start_from, tmp_path / "odd.pth", "pos_embed has shape")
@@ -376,10 +472,37 @@ def test_turned_bit_in_a_checkpoint_is_noticed(tmp_path, tiny_lpd):
 )
 def test_checkpoint_without_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
-    assert_refused(read_weights, tmp_path / "a.pth", "a.pth: ")
+    assert_refused(LPD.load, tmp_path / "a.pth", "a.pth: ")
 
 
-# Files with code in them (tests/helpers.py).
+# Files with more than tensors in them, and with code (tests/helpers.py).
+
+HARMLESS = [
+    np.float64(3), {np.int64(1): np.bool_(True)}, np.random.default_rng(0).bit_generator.state, np.arange(3),
+    Path("a/b"), PureWindowsPath("a"), {PurePosixPath("a")}, datetime.now(timezone.utc), uuid.uuid4(),
+    defaultdict(list, {"a": [1]}), argparse.Namespace(out=Path("a"), seed=np.int64(1)), np.float32,
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_harmless_objects_beside_the_weights_do_not_keep_them_from_loading(tmp_path, tiny_lpd, zipped):
+    state, path = tiny_lpd.state_dict(), tmp_path / "a.pth"
+    for thing in HARMLESS:
+        content = {"model": defaultdict(list, state), "best": thing}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        assert equal_states(read_weights(path, LPD)[0], state), thing
+
+
+@pytest.mark.parametrize("content", [lambda m: {"model": m.state_dict(), "config": m.config}, lambda m: m])
+def test_refused_file_comes_with_the_command_that_strips_it(tmp_path, tiny_lpd, content):
+    path = tmp_path / "it's \"mine\".pth"
+    torch.save(content(tiny_lpd), path)
+    with pytest.raises(ValueError, match="not plain weights.*GLOBAL models.lpd.LPD") as refusal:
+        read_weights(path, LPD)
+    program, flag, code = shlex.split(str(refusal.value).partition("tensors alone with: ")[2])
+    assert (program, flag) == ("python", "-c")
+    exec(code, {})
+    assert equal_states(read_weights(f"{path}.plain.pth", LPD)[0], tiny_lpd.state_dict())
 
 
 def in_a_namespace(marker):
