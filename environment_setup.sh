@@ -61,7 +61,7 @@ setup_conda() { # sets prefix
 }
 
 install() { # A copy of each installed file stays in the environment, so nothing is installed twice.
-    local file new=() flags=()
+    local file compile=--no-compile new=() flags=()
     mkdir -p "$prefix/lpd"
     for file in "$@"; do
         if ! cmp -s "$file" "$prefix/lpd/$file"; then new+=("$file") flags+=(-r "$file"); fi
@@ -72,8 +72,9 @@ install() { # A copy of each installed file stays in the environment, so nothing
         flags+=(-c "$prefix/lpd/oldest.txt")
     fi
     echo "installing ${new[*]} (with torch this is several GB: a minute or more)"
-    # Not compiled: that takes as long again, and of most modules nobody ever imports one.
-    "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore --no-compile \
+    # A module is compiled when it is first imported, most never, unless Python may write nothing then.
+    if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then compile=--compile; fi
+    "$prefix/bin/python" -m pip install --disable-pip-version-check --root-user-action=ignore "$compile" \
         "${flags[@]}" || failure "installing ${new[*]} into $prefix failed: run this again to resume"
     cp "${new[@]}" "$prefix/lpd/"
 }

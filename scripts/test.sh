@@ -5,6 +5,7 @@
 # compiled draw. --oldest tests the oldest versions that requirements.txt admits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would each compile what they import
 
 setup=(--dev --app) venv=.venv chosen=(-n 2)
 while [[ ${1:-} == --all || ${1:-} == --oldest ]]; do

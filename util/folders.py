@@ -214,7 +214,7 @@ def held_out(names, labels, fraction):
     stems = (os.path.splitext(name)[0] for name in names)
     digests = (hashlib.sha256(os.fsencode(stem)).digest() for stem in stems)
     hashes = np.array([int.from_bytes(digest[:4], "big") for digest in digests], dtype=np.uint64)
-    largest = np.zeros(max(labels) + 1, dtype=np.uint64)
+    largest = np.zeros(labels.max() + 1, dtype=np.uint64)
     np.maximum.at(largest, labels, hashes)
     return (hashes < fraction * 2**32) & (hashes < largest[labels])
 

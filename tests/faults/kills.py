@@ -44,8 +44,8 @@ def evaluation_flags(folder):
 JOBS = {
     "orders": ("orders.run_lpd_order", order_flags),
     "caching": ("main_cache", lambda folder: cache_flags(folder, batch_size=2, shard_size=3)),
-    "tokenizer": ("main_tokenizer", lambda folder: tokenizer_flags(folder, epochs=9, save_every=2)),
-    "training": ("main_lpd", lambda folder: train_flags(folder, save_last_freq=0.25, ema=0.9)),
+    "tokenizer": ("main_tokenizer", lambda folder: tokenizer_flags(folder, epochs=4, save_every=2)),
+    "training": ("main_lpd", lambda folder: train_flags(folder, epochs=2, save_last_freq=0.25, ema=0.9)),
     "evaluation": ("main_lpd", evaluation_flags),
 }
 

@@ -96,7 +96,7 @@ def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path):
     flags = ("--data_path", real, "--val_fraction", "0", "--img_size", SIZE)
     flags += ("--output_file", tmp_path / "ref.npz")
     finished(call("stats", *flags, "--inception", weights, *ON_CPU))
-    flags = {"num_images": 20, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
+    flags = {"num_images": 30, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
     finished(call("lpd", *evaluate_flags(tmp_path / "out", inception=weights, **flags)))
     ours = only_result(tmp_path / "out")["metrics"]
     expected = torch_fidelity.calculate_metrics(
