@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 from core.reference_orders import reference_order, replay, score
 from scipy import stats
@@ -168,9 +169,10 @@ def test_orders_of_seed_0_stay_the_same():
 
 
 def test_orders_import_no_torch_and_measuring_them_no_matplotlib():
-    imports = "import orders.lpd_order, orders.order_file; torch = 'torch' in sys.modules; import orders.plot"
-    code = f"import sys; {imports}; sys.exit(torch or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    modules = "import sys, orders.lpd_order, orders.order_file; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", modules], cwd=processes.REPO).returncode == 0
+    measuring = "import sys, orders.plot; sys.exit('matplotlib' in sys.modules)"
+    assert processes.forked("-c", measuring).status == 0
 
 
 # other kinds, other grids, known cells
