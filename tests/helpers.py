@@ -241,7 +241,7 @@ def cache_flags(cached_path, **changes):
 def train_flags(output_dir, **changes):
     """main_lpd for a short training: 4 images a step, 18 steps in 4 epochs."""
     flags = {
-        "model": "lpd_tiny", "cached_path": token_cache(), "output_dir": output_dir, "epochs": 4,
+        "model": "lpd_micro", "cached_path": token_cache(), "output_dir": output_dir, "epochs": 4,
         "batch_size": 4, "lr": 1e-3, "lr_schedule": "constant", "warmup_epochs": 0, "log_every": 1, **changes,
     }
     return [*words_of(flags), *(["--use_cached"] if flags["cached_path"] else []), *ON_CPU]

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -63,7 +64,7 @@ def write_a(folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system with room for one checkpoint of `train_flags` and a half."""
+    """A file system with room for one checkpoint of lpd_tiny and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", folder]
@@ -75,7 +76,8 @@ def small_disk(tmp_path):
 
 def test_training_on_a_full_disk_fails_in_one_line_and_keeps_the_last_checkpoint(small_disk):
     """The first checkpoint is due after step 3; the disk has no room for the second."""
-    outcome = helpers.call("lpd", *helpers.train_flags(small_disk / "run", save_last_freq=0.5))
+    flags = helpers.train_flags(small_disk / "run", model="lpd_tiny", save_last_freq=0.5)
+    outcome = helpers.call("lpd", *flags)
     assert outcome.status == 1
     last_line = outcome.err.splitlines()[-1]
     assert last_line.startswith("error: [Errno 28] No space left on device: ")
@@ -154,11 +156,16 @@ def test_writer_whose_folder_is_deleted_says_what_is_gone(remove, tmp_path):
             write_a(tmp_path / "run")
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.file_digest, files.read_arrays, read_pth])
+READERS = [files.read_json, files.file_digest, partial(files.read_arrays, keys=["mu"]), read_pth]
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_disk_that_fails_while_reading_is_no_damaged_file(read):
     """/proc/self/mem can be opened, but not read from its beginning."""
     with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '/proc/self/mem'$"):
         read(Path("/proc/self/mem"))
+
+
 WRITERS = {
     "w.safetensors": lambda path: save_weights(path, VQModel(helpers.VQ)),
     "model.safetensors": lambda path: VQModel(helpers.VQ).save_pretrained(path.parent),
