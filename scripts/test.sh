@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up, then runs lint and tests, from any folder:
 #   bash scripts/test.sh [--all] [--oldest] [pytest arguments]
-# --all adds what waits on real time or takes minutes: SLURM on three machines, kernels counted without a GPU, the
-# compiled draw. --oldest tests the oldest versions that requirements.txt admits.
+# --all adds what waits on real time or takes minutes: SLURM on three machines, kernels counted without a GPU,
+# functions that Inductor compiles, more kills. --oldest tests the oldest versions that requirements.txt admits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes would each compile what they import
@@ -29,6 +29,6 @@ status=0
 "$venv/bin/python" -m ruff check . || { status=1; echo "lint failed: see above" >&2; }
 "$venv/bin/python" -m pytest --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@" || status=$?
 if [[ ${chosen[*]} == "-n 2" ]]; then
-    echo "left out: SLURM on three machines, kernel counts and other tests of minutes: bash scripts/test.sh --all"
+    echo "left out: SLURM on three machines, kernel counts, Inductor, more kills: bash scripts/test.sh --all"
 fi
 exit "$status"

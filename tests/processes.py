@@ -23,7 +23,7 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(path.stem for path in REPO.glob("main_*.py"))
-WAIT = 600  # seconds: no test waits longer for anything, on however busy a machine
+WAIT = 400  # seconds: no test waits longer for one event, on however busy a machine
 HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LPD_INCEPTION", "TORCHELASTIC_ERROR_FILE")
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

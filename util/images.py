@@ -113,7 +113,7 @@ def _decode(content, size, reading):
         raise
     except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
         unknown = isinstance(error, UnidentifiedImageError)  # its message names the bytes, not the file
-        raise ValueError("cannot identify it" if unknown else str(error) or type(error).__name__) from None
+        raise ValueError("cannot identify image file" if unknown else str(error) or type(error).__name__) from None
 
 
 def read_mask(path):

@@ -43,7 +43,12 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+SHORT = "main_cache.py", "main_lpd.py", "scripts/analysis/likelihood.py"  # the others import what these do
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in PROGRAMS]
+)
 def test_program_leaves_no_thread_of_its_process_group_to_the_interpreter(program, tmp_path):
     """A group of one has the same threads."""
     flags = PROGRAMS[program](tmp_path)

