@@ -112,8 +112,9 @@ def _decode(content, size, reading):
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes fail in many ways: struct.error, IndexError, zlib.error
-        unknown = isinstance(error, UnidentifiedImageError)  # its message names the bytes, not the file
-        raise ValueError("cannot identify image file" if unknown else str(error) or type(error).__name__) from None
+        # The message of this one names the bytes that were read.
+        reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(reason or type(error).__name__) from None
 
 
 def read_mask(path):

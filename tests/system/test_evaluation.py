@@ -18,8 +18,8 @@ import torch
 import torch_fidelity
 from helpers import ON_CPU, SIZE, call, evaluate_flags, train_flags
 from PIL import Image
-from scipy.sparse.linalg import eigs
 from processes import finished, start, torchrun
+from scipy.sparse.linalg import eigs
 
 from engine import evaluate, report
 from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles, PublishedDecoder
