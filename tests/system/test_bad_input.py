@@ -66,7 +66,7 @@ CASES = [  # command, changed flags, words of the error
     ("evaluate", {"pretrained_ckpt": "{absent}"}, ["{absent}"]),
     ("evaluate", {"pretrained_ckpt": "{cut}"}, ["{cut}", "damaged"]),
     ("evaluate", {"pretrained_ckpt": "{code}"}, ["{code}", "refused"]),
-    ("evaluate", {"model": "lpd_l"}, ["{lpd}", "--model lpd_l", "192", "1024"]),
+    ("evaluate", {"model": "lpd_l"}, ["{lpd}", "--model lpd_l", "128", "1024"]),
     ("evaluate", {"vqgan_path": "{other_tokenizer}"}, ["--pretrained_ckpt", "--vqgan_path"]),
     ("evaluate", {"vqgan_path": "{lpd}"}, ["{lpd}", "VQModel"]),
     ("evaluate", {"vqgan_stride": 16}, ["--vqgan_stride is 16", "4"]),
