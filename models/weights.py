@@ -118,6 +118,10 @@ def read_weights(path, *kinds):
         ValueError: truncated, damaged, no such weights, or several; the message names the file.
     """
     path = Path(path)
+    with naming(path), path.open("rb") as file:
+        line = file.readline(80).decode("latin-1").strip()
+    if len(line) > 8 and line.isprintable():  # of git-lfs, or a web page
+        raise ValueError(f"{path}: damaged or no weights, but a text: {line}")
     if path.suffix == ".safetensors":
         content, info = _read_safetensors(path)
     else:
@@ -149,13 +153,14 @@ def _pick_weights(tensors, kinds, path):
         wanted = " or ".join(f"{kind.__name__} weights: {kind.marker} is missing" for kind in kinds)
         there = ", ".join(sorted({name.split(".")[0] for name in tensors})[:9]) or "no tensors"
         raise ValueError(f"{path}: no {wanted}; there are {there}")
-    place, *others = averages = [place for place in found if AVERAGE.search(place)] or found
+    averages = [place for place in found if AVERAGE.search(place) and "online" not in place] or found
+    place, *others = averages
     if others:
         several = " and ".join(place.rstrip(".") or "those without a prefix" for place in averages)
         raise ValueError(f"{path} has several weights, {several}: save those that are meant in a file")
     if len(found) > 1:
         say(f"{path}: the moving average {place.rstrip('.')} is used")
-    elif unread := [n for n in tensors if AVERAGE.search(n.split(".")[0]) and not n.startswith(place)]:
+    elif unread := [n for n in tensors if AVERAGE.search(n.rpartition(".")[0]) and not n.startswith(place)]:
         warn(f"warning: {path}: {unread[0]} is of a moving average in an unknown form; {place}* is used")
     return {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
 
