@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from util.distributed import say, warn
-from util.files import atomic, is_machine_trouble, naming, read_json, write_json
+from util.files import atomic, read_json, reading, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
@@ -118,10 +118,10 @@ def read_weights(path, *kinds):
         ValueError: truncated, damaged, no such weights, or several; the message names the file.
     """
     path = Path(path)
-    with naming(path), path.open("rb") as file:
+    with reading(path, "weights"), path.open("rb") as file:
         line = file.readline(80).decode("latin-1").strip()
-    if len(line) > 8 and line.isprintable():  # of git-lfs, or a web page
-        raise ValueError(f"{path}: damaged or no weights, but a text: {line}")
+        if len(line) > 8 and line.isprintable():  # of git-lfs, or a web page
+            raise ValueError(f"but a text: {line}")
     if path.suffix == ".safetensors":
         content, info = _read_safetensors(path)
     else:
@@ -174,36 +174,25 @@ def read_pth(path):
     """
     inert = [(Inert, f"{module}.{name}") for module in HARMLESS for name in HARMLESS[module].split()]
     inert.append((lambda *_: {}, "collections.defaultdict"))  # may hold weights
-    try:
-        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals(inert):
-            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"the checksum of {part} is wrong")
+    with reading(path, "checkpoint"), open(path, "rb") as file, torch.serialization.safe_globals(inert):
+        if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+            raise ValueError(f"the checksum of {part} is wrong")
+        try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except pickle.UnpicklingError as error:
-        strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
-        remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
-        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
-    except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
-        if is_machine_trouble(error):
-            raise
-        raise ValueError(f"{path}: damaged or no checkpoint ({_reason(error)})") from None
+        except pickle.UnpicklingError as error:
+            strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
+            remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
+            raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
 
 
 def _read_safetensors(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("lpd")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with reading(path, "safetensors file"), safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get("lpd")
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         info = {} if recorded is None else json.loads(recorded)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # SafetensorError, and whatever a damaged header leads to
-        raise ValueError(f"{path}: damaged or no safetensors file ({_reason(error)})") from None
     config = path.with_name(CONFIG)
     if recorded is None and path.name == WEIGHTS and config.exists():
         info = read_json(config)

@@ -458,7 +458,7 @@ def test_truncated_or_foreign_file_is_refused(tmp_path, tiny_lpd, kind, part):
         path.write_text("version https://git-lfs.github.com/spec/v1\n" * 100)
     else:
         os.truncate(path, int(part * path.stat().st_size))
-    lines = "damaged|refused" if part != "text" else "no weights, but a text: version https://git-lfs"
+    lines = "damaged|refused" if part != "text" else "no readable weights .but a text: version https://git-lfs"
     assert_refused(read_weights, path, lines)
 
 
