@@ -4,6 +4,7 @@
         --pretrained_ckpt lpd.safetensors --vqgan_path tokenizer.safetensors
 """
 
+import util as util  # isort: skip
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +140,7 @@ def main(argv=None):
     write_json(output / RECORD, record)
     tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
-    if args.paste is not None:
-        edited = images.paste(pixels, edited, cells, args.paste)
+    edited = edited if args.paste is None else images.paste(pixels, edited, cells, args.paste)
     save(output, pixels, cells, edited, film)
     steps = len(settings.group_sizes)
     print(f"{cells[0].sum()} of {cells[0].size} cells generated in {steps} steps: {output}/sheet.png")

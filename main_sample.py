@@ -4,6 +4,7 @@
         --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/samples
 """
 
+import util as util  # isort: skip
 import dataclasses
 import time
 from functools import partial
@@ -54,8 +55,7 @@ def load(args):
     cli.check_stated(args, vqgan_vocab_size=codes, vqgan_stride=stride, img_size=grid_size * stride)
     names = cli.class_names(args, model.config.num_classes, info)
     chosen = [cli.find_class("--classes", text, names) for text in args.classes or ()]
-    labels = torch.tensor(chosen or range(min(10, len(names))))
-    labels = labels.repeat_interleave(args.num_per_class)
+    labels = torch.tensor(chosen or range(min(10, len(names)))).repeat_interleave(args.num_per_class)
     settings = resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=len(labels),
         **{name: getattr(args, name) for name in cli.ORDER_FLAGS},
@@ -122,8 +122,8 @@ def main(argv=None):
     output, sheets, timings = Path(args.output_dir), [], []
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
-    record = {"settings": variants[0].as_json(), "labels": labels.tolist()}
-    record |= {"bf16": args.bf16, "compile": args.compile}
+    how = {"bf16": args.bf16, "compile": args.compile}
+    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), **how}
     write_json(output / RECORD, record)
     make = partial(generate_images, model, decoder)
     if args.compile:

@@ -8,6 +8,7 @@ Takes an image folder (ADM's centre crop) or images in an .npz, as ADM stores th
 VIRTUAL_*.npz have mu and sigma, of the whole training set: these are kept, and --fid_stats reads them itself.
 """
 
+import util as util  # isort: skip
 from pathlib import Path
 
 import numpy as np

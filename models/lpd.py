@@ -278,8 +278,7 @@ class LPD(Pretrained, nn.Module):
         state, info = read_weights(path, LPD)
         with suppress(LookupError, RuntimeError, TypeError):  # absent or no grid: load_state reports it
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], self.config.grid_size)
-        known, names = info.get("class_names") or [], list(class_names)
-        with suppress(LookupError, RuntimeError, TypeError):
+            known, names = info.get("class_names") or [], list(class_names)
             old, new = state["class_emb.weight"], self.class_emb.weight.detach().clone()
             if names and names != known and (known or len(new) != len(old)):
                 kept = [name for name in names if name in known]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from util.distributed import say, warn
-from util.files import atomic, is_machine_trouble, naming, read_json, write_json
+from util.files import atomic, read_json, reading, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
@@ -118,6 +118,10 @@ def read_weights(path, *kinds):
         ValueError: truncated, damaged, no such weights, or several; the message names the file.
     """
     path = Path(path)
+    with reading(path, "weights"), path.open("rb") as file:
+        line = file.readline(80).decode("latin-1").strip()
+        if len(line) > 8 and line.isprintable():  # of git-lfs, or a web page
+            raise ValueError(f"but a text: {line}")
     if path.suffix == ".safetensors":
         content, info = _read_safetensors(path)
     else:
@@ -149,13 +153,14 @@ def _pick_weights(tensors, kinds, path):
         wanted = " or ".join(f"{kind.__name__} weights: {kind.marker} is missing" for kind in kinds)
         there = ", ".join(sorted({name.split(".")[0] for name in tensors})[:9]) or "no tensors"
         raise ValueError(f"{path}: no {wanted}; there are {there}")
-    place, *others = averages = [place for place in found if AVERAGE.search(place)] or found
+    averages = [place for place in found if AVERAGE.search(place) and "online" not in place] or found
+    place, *others = averages
     if others:
         several = " and ".join(place.rstrip(".") or "those without a prefix" for place in averages)
         raise ValueError(f"{path} has several weights, {several}: save those that are meant in a file")
     if len(found) > 1:
         say(f"{path}: the moving average {place.rstrip('.')} is used")
-    elif unread := [n for n in tensors if AVERAGE.search(n.split(".")[0]) and not n.startswith(place)]:
+    elif unread := [n for n in tensors if AVERAGE.search(n.rpartition(".")[0]) and not n.startswith(place)]:
         warn(f"warning: {path}: {unread[0]} is of a moving average in an unknown form; {place}* is used")
     return {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
 
@@ -169,36 +174,25 @@ def read_pth(path):
     """
     inert = [(Inert, f"{module}.{name}") for module in HARMLESS for name in HARMLESS[module].split()]
     inert.append((lambda *_: {}, "collections.defaultdict"))  # may hold weights
-    try:
-        with naming(path), open(path, "rb") as file, torch.serialization.safe_globals(inert):
-            if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-                raise ValueError(f"the checksum of {part} is wrong")
+    with reading(path, "checkpoint"), open(path, "rb") as file, torch.serialization.safe_globals(inert):
+        if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+            raise ValueError(f"the checksum of {part} is wrong")
+        try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except pickle.UnpicklingError as error:
-        strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
-        remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
-        raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
-    except Exception as error:  # damaged bytes fail in many ways: IndexError, struct.error, even OSError
-        if is_machine_trouble(error):
-            raise
-        raise ValueError(f"{path}: damaged or no checkpoint ({_reason(error)})") from None
+        except pickle.UnpicklingError as error:
+            strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
+            remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
+            raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
 
 
 def _read_safetensors(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("lpd")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with reading(path, "safetensors file"), safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get("lpd")
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         info = {} if recorded is None else json.loads(recorded)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # SafetensorError, and whatever a damaged header leads to
-        raise ValueError(f"{path}: damaged or no safetensors file ({_reason(error)})") from None
     config = path.with_name(CONFIG)
     if recorded is None and path.name == WEIGHTS and config.exists():
         info = read_json(config)

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -348,6 +349,7 @@ def find_class(flag, text, names):
     Raises:
         ValueError: no such class, or several.
     """
+    text, *names = (unicodedata.normalize("NFC", name) for name in (text, *names))  # macOS splits accents off
     plain = [plain_name(name) for name in names]
     index = int(text) if text.isdecimal() and int(text) < len(names) else None
     for known in (names, plain, [name.lstrip("0") for name in plain]):

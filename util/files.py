@@ -44,6 +44,20 @@ def naming(path):
         raise
 
 
+@contextmanager
+def reading(path, what):
+    """Damaged bytes fail in many ways; all become a ValueError of one line that names the file."""
+    try:
+        with naming(path):
+            yield
+    except Exception as error:
+        known = isinstance(error, FileNotFoundError) or str(error).startswith(f"{path}: ")
+        if known or is_machine_trouble(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: damaged or no readable {what} ({reason[:200]})") from None
+
+
 @cache
 def _leftovers(folder):
     """The temporary files in a folder when this process first writes there."""
@@ -55,9 +69,8 @@ def _remove_leftovers(path):
     if this process is the folder's sole writer. (macOS has no /proc: there nobody is known to be dead.)"""
     for partial in _leftovers(path.parent):
         if match := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)-(.*)\.tmp", partial.name):
-            pids = Path("/proc")
-            gone = match[2] == socket.gethostname() and pids.exists() and not (pids / match[1]).exists()
-            if gone or _holds(path):
+            alive = not Path("/proc").exists() or Path("/proc", match[1]).exists()
+            if _holds(path) or match[2] == socket.gethostname() and not alive:
                 partial.unlink(missing_ok=True)
 
 
@@ -197,11 +210,8 @@ def read_json(path):
     Raises:
         ValueError: not JSON; the message names the file. OSError: it cannot be opened.
     """
-    try:
-        with naming(path):
-            return json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # undecodable bytes are a ValueError too
-        raise ValueError(f"{path}: no readable JSON ({error})") from None
+    with reading(path, "JSON"):
+        return json.loads(Path(path).read_text())
 
 
 def value_digest(value):
@@ -261,26 +271,13 @@ def _short(value):
     return f"{len(value)} values" if isinstance(value, (list, dict)) else text[:SHOWN]
 
 
-@contextmanager
-def _one_line_errors(path, what):
-    """Damaged bytes fail in many ways; all become a ValueError of one line that names the file."""
-    try:
-        with naming(path):
-            yield
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) or is_machine_trouble(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: no readable {what} ({reason[:200]})") from None
-
-
 def read_arrays(path, keys, optional=()):
     """Arrays of an `.npz` as a dict: `keys`, and those of `optional` that it has. Nothing in it is executed.
 
     Raises:
         ValueError: damaged, or an array is missing; the message names the file. OSError: cannot be opened.
     """
-    with _one_line_errors(path, ".npz"), np.load(path, allow_pickle=False) as archive:
+    with reading(path, ".npz"), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in (*keys, *(key for key in optional if key in archive.files))}
         for key, array in arrays.items():
             if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is no array
@@ -294,7 +291,7 @@ def map_array(path, key):
     Raises:
         ValueError, OSError: as `read_arrays`.
     """
-    with _one_line_errors(path, f"array {key}"), zipfile.ZipFile(path) as archive:
+    with reading(path, f"array {key}"), zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         if entry.compress_type != zipfile.ZIP_STORED:
             return read_arrays(path, [key])[key]

@@ -17,9 +17,11 @@ from util.images import EXTENSIONS, Reading, image_loader, in_order
 
 VAL_FRACTION = 0.05  # held out where there is no val folder and nothing else is said
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
-# What parts of a data set are called: the last word of a folder's name, as in Val or ILSVRC2012_img_train.
+# What parts of a data set are called: the last word of a folder's name, as in Val, ILSVRC2012_img_train or
+# training_set, that does not only say what is inside.
 PARTS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 PARTS |= {name: name for name in ("train", "val", "test")}
+CONTENTS = ("", "data", "image", "images", "img")  # without the ending "set"
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ def _parts(inside, folder=""):
     them, or one holds folders. Else empty."""
     parts = {}
     for name in sorted(inside.get(folder, ())):
-        words = re.findall("[a-z]+", name.lower())
-        if words and words[-1] in PARTS:
-            parts.setdefault(PARTS[words[-1]], []).append(name)
+        words = [word.removesuffix("set") for word in re.findall("[a-z]+", name.lower())]
+        part = PARTS.get(next((word for word in reversed(words) if word not in CONTENTS), ""))
+        if part:
+            parts.setdefault(part, []).append(name)
     nested = any(os.path.join(folder, name) in inside for names in parts.values() for name in names)
     return parts if nested or len(parts) > 1 else {}
 
@@ -116,6 +119,7 @@ def _train_and_val(root, found):
     below = [folder for folder in {*inside, *places} if folder and folder.startswith(os.path.join(train, ""))]
     lower = min((folder for folder in below if _parts(inside, folder)), default=None)
     around = os.path.commonpath(places.intersection(below) or [""])
+    within = {frozenset(inside.get(os.path.join(train, name), ())) for name in classes}
     if lower:
         problem = f"{', '.join(sorted(inside[lower]))} in {root / lower}: give that folder"
     elif parts and not train:
@@ -129,6 +133,10 @@ def _train_and_val(root, found):
         problem = "; ".join([needed, *_told(pair for pair in found if pair[1])])
     elif len(classes) == 1 and around not in places:
         problem = f"one class, its images in several folders: give {root / around} or put them together"
+    elif len(within) == 1 and len(*within) > len(classes) > 1:
+        problem = f"the same folders in {', '.join(sorted(classes))}: give one of these"
+    elif "00000" in classes and ("dataset.json", ".json") in found:
+        problem = "dataset.json, in which StyleGAN's tool keeps the classes: its folders are none"
     else:
         return train, val
     raise ValueError(f"{root} holds {problem}")

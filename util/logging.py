@@ -45,8 +45,7 @@ def read_metrics(folder):
     lines = []
     for text in (Path(folder) / "metrics.jsonl").read_text(errors="replace").splitlines():
         with suppress(ValueError, TypeError, LookupError):  # not JSON, or without the number of a step
-            line = json.loads(text)
-            lines += [line] if line["step"] >= 0 else []
+            lines += [line] if (line := json.loads(text))["step"] >= 0 else []
     return lines
 
 
@@ -63,8 +62,7 @@ def wandb_listener(folder, project, name, config):
     started here. The first line of runs.jsonl identifies it."""
     import wandb
 
-    first_start = (Path(folder) / "runs.jsonl").read_text().splitlines()[0]
-    run_id = value_digest(first_start)
+    run_id = value_digest((Path(folder) / "runs.jsonl").read_text().splitlines()[0])
     run = wandb.init(project=project, name=name, config=config, id=run_id, resume="allow")
     return lambda step, values: run.log(values, step=step)
 

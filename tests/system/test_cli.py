@@ -182,7 +182,8 @@ GONE = "mkdir gone && cd gone && rmdir ../gone;"
 def test_what_the_machine_lacks_is_named(before, status, message, tmp_path):
     if before == FULL and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
-    words = [processes.REPO / "main_cache.py", *helpers.cache_flags(tmp_path / "out"), "--num_workers", 1]
+    program = "main_cache.py" if before == FULL else "main_sample.py"
+    words = [processes.REPO / program, *helpers.cache_flags(tmp_path / "out"), "--num_workers", 1]
     words = ["bash", "-c", f"{before} exec {shlex.join([sys.executable, *map(str, words)])}"]
     words = ["unshare", "-m", *words] if before == FULL else words
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)

@@ -195,7 +195,7 @@ def test_write_that_fails_midway_is_one_line_naming_the_file(tmp_path, name):
 @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"], ids=["empty", "truncated", "binary"])
 def test_unreadable_json_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match="a.json: no readable JSON"):
+    with pytest.raises(ValueError, match="a.json: damaged or no readable JSON"):
         files.read_json(tmp_path / "a.json")
 
 

@@ -44,6 +44,9 @@ USED = {
     "class of val unknown": ("train/a/1.png val/b/2.png", ["a"], 1, None, ["val/b (no such class)"]),
     "flat val": ("train/a/1.png val/2.png val/3.png", ["a"], 1, None, ["val/2.png, val/3.png (in no class"]),
     "test": ("train/a/1.png test/a/2.png x.csv", ["a"], 1, None, ["test/a/2.png (beside", "x.csv (.csv)"]),
+    "Kaggle": ("training_set/a/1.png test_set/a/2.png", ["a"], 1, None, ["test_set/a/2.png (beside"]),
+    "sets": ("trainset/a/1.png val_images/a/2.png", ["a"], 1, ["a/2.png"], []),
+    "few views": ("a/l/1.png a/r/1.png b/l/1.png b/r/1.png", ["a", "b"], 4, None, []),
     "tiny imagenet": ("train/a/images/1.png val/images/2.png", ["a"], 1, None, ["val/images (no such"]),
     "linked folder": ("a/1.png b/2.png b/3.png a/more->../b", ["a", "b"], 5, None, []),
     "link upwards": ("a/1.png a/up->..", ["a"], 1, None, ["a/up (a link to a folder above it)"]),
@@ -81,6 +84,9 @@ REFUSED = {
     "train/1.png val/1.png": "no class sub-folders with images, .*/train/CLASS/IMAGE",
     "val/a/1.png test/a/1.png": "test, val and no train",
     "train/a/1.png val/a/1.png valid/a/1.png": "train, val, valid: one of each kind",
+    "photo/a/1.png photo/b/1.png photo/c/1.png art/a/1.png art/b/1.png art/c/1.png":
+        "the same folders in art, photo: give one",
+    "00000/img0.png 00001/img1.png dataset.json": "dataset.json, in which StyleGAN's tool keeps the classes",
     "train/steam/1.png bus/1.png": "bus beside folders in train: give .*/train or",
 }
 

@@ -139,11 +139,11 @@ def test_class_may_be_an_index_a_name_or_a_plain_name(tmp_path):
     "text,found",
     [
         ("2", 4), ("10", 1), ("0", 0), ("crane", "3 and 5"), ("ant", 2), ("07", 6), ("7", 6), ("tench", 7),
-        ("8", "no class"), ("²", "no class"),
+        ("9", "no class"), ("²", "no class"), ("caf\u00e9", 8),
     ],
 )
 def test_a_name_of_a_class_wins_over_an_index_and_is_refused_if_it_is_that_of_two(text, found, capsys):
-    names = ["1", "10", "3_ant", "crane", "2", "crane", "07", "tench"]
+    names = ["1", "10", "3_ant", "crane", "2", "crane", "07", "tench", "cafe\u0301"]
     if isinstance(found, str):
         with pytest.raises(ValueError, match=f"--classes: .*{found}"):
             cli.find_class("--classes", text, names)

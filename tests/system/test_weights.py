@@ -116,6 +116,8 @@ AVERAGES = {  # what training code of others saves: a function of the weights; t
     "DiT": (lambda w: {"model": w, "ema": averaged(w), "opt": {"state": {0: {"exp_avg": w}}}}, "ema"),
     "timm": (lambda w: {"state_dict": w, "state_dict_ema": behind("module.", averaged(w))},
              "state_dict_ema.module"),
+    "ema-pytorch": (lambda w: {"model": w, "ema": behind("online_model.", w)
+                               | behind("ema_model.", averaged(w))}, "ema.ema_model"),
     "Lightning": (lambda w: {"state_dict": behind("net.", w) | {"ema_net.n_averaged": torch.tensor(3)}
                              | behind("ema_net.module.", averaged(w))}, "state_dict.ema_net.module"),
 }
@@ -153,9 +155,10 @@ def test_file_of_several_weights_or_none_is_refused_with_what_is_there(tmp_path,
     assert_refused(LPD.load, tmp_path / "a.pth", message)
 
 
-def test_moving_average_of_unknown_form_is_named(tmp_path, tiny_lpd, capsys):
+@pytest.mark.parametrize("around", [lambda content: content, lambda content: {"state": content}])
+def test_moving_average_of_unknown_form_is_named(tmp_path, tiny_lpd, capsys, around):
     state = tiny_lpd.state_dict()
-    torch.save({"model": state, "ema": {"shadow_params": [*state.values()]}}, tmp_path / "a.pth")
+    torch.save(around({"model": state, "ema": {"shadow_params": [*state.values()]}}), tmp_path / "a.pth")
     assert equal_states(read_weights(tmp_path / "a.pth", LPD)[0], state)
     assert "ema.shadow_params.0 is of a moving average in an unknown form" in capsys.readouterr().err
 
@@ -452,10 +455,11 @@ def test_truncated_or_foreign_file_is_refused(tmp_path, tiny_lpd, kind, part):
     else:
         torch.save({"model": tiny_lpd.state_dict()}, path, _use_new_zipfile_serialization=kind == "zip")
     if part == "text":
-        path.write_text("These are no weights.\n" * 100)
+        path.write_text("version https://git-lfs.github.com/spec/v1\n" * 100)
     else:
         os.truncate(path, int(part * path.stat().st_size))
-    assert_refused(read_weights, path, "damaged|refused")
+    lines = "damaged|refused" if part != "text" else "no readable weights .but a text: version https://git-lfs"
+    assert_refused(read_weights, path, lines)
 
 
 def test_turned_bit_in_a_checkpoint_is_noticed(tmp_path, tiny_lpd):
