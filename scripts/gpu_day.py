@@ -89,7 +89,7 @@ def command_of(args, command, result, work):
         words[0] = sys.executable
     tokenizer_epochs, lpd_epochs = EPOCHS[args.tiny]
     env = {**os.environ, "PYTHONPATH": str(REPO), "TOKENIZER_EPOCHS": tokenizer_epochs}
-    env |= {"LPD_EPOCHS": lpd_epochs, "LPD_MODEL": "lpd_tiny"}
+    env |= {"LPD_EPOCHS": lpd_epochs, "LPD_MODEL": "lpd_micro" if args.tiny else "lpd_tiny"}
     if args.tiny:
         env |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     return ["timeout", str(LIMIT), *words], env
