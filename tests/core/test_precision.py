@@ -12,7 +12,7 @@ from engine.generate import Sampling, generate_tokens, resolve_settings
 from models.lpd import LPD, NO_LABEL, LPDConfig
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets/fashion_mnist/lpd.safetensors"
-CFG, IMAGES = 4.8, 4
+CFG, IMAGES = 4.8, 2
 
 
 def shipped_model():

@@ -169,6 +169,11 @@ def test_the_script_makes_the_published_files(tmp_path, monkeypatch):
 # orders/plot.py
 
 
+def test_measuring_orders_imports_no_matplotlib():
+    code = "import sys, orders.plot; sys.exit('matplotlib' in sys.modules)"
+    assert processes.forked("-c", code).status == 0
+
+
 @pytest.fixture
 def order_files(tmp_path, monkeypatch):
     """The working folder, with 20 orders as orders.npy and published.json."""
