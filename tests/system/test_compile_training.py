@@ -121,7 +121,7 @@ def test_ddp_does_not_cut_compiled_blocks(tmp_path, counted):
         model = new_model(compiled(config, counted), config)
         tokens, labels = four_images()
         order = draw_step(CONFIG, 3)[1].argsort(dim=1)
-        loss_of = DistributedDataParallel(LossForDDP(model), broadcast_buffers=False)
+        loss_of = DistributedDataParallel(LossForDDP(model))
         loss_of(tokens[:1], labels[:1], order[:1], CONFIG.schedules[1]).backward()
         assert counted.frame_count == 1
     finally:
