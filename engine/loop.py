@@ -100,8 +100,7 @@ def run_training(state, training, run, world, log):
                 save(LAST)
                 timer.restart()
             if save_numbered:
-                every = run.save_intermediate_freq
-                save(f"checkpoint-{training.clock(state.step) // every * every:g}.pth")
+                save(numbered(training.clock(state.step), run.save_intermediate_freq))
 
             if stop and not at_end:
                 distributed.barrier()  # the first process to exit ends the others, and must have saved
@@ -112,6 +111,12 @@ def run_training(state, training, run, world, log):
             if to_log:
                 progress.restart_clock()
     distributed.barrier()
+
+
+def numbered(done, every):
+    """The file of the checkpoint that is due each `every` epochs, after `done` of them; rounded as in `due`,
+    since 0.9 // 0.1 is 8."""
+    return f"checkpoint-{math.floor(done / every) * every:g}.pth"
 
 
 class SaveTimer:

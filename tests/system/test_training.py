@@ -17,7 +17,7 @@ from processes import finished, torchrun
 import engine.train
 from engine.checkpoint import LAST, PREVIOUS, checkpoint_of, load_checkpoint, save_checkpoint
 from engine.data import CachedTokens, EncodedImages, ResidentTokens
-from engine.loop import RunSettings
+from engine.loop import RunSettings, numbered
 from engine.train import new_state, train, train_step
 from models.lpd import LPD
 from models.vqgan import VQModel
@@ -320,3 +320,8 @@ def test_previous_checkpoint_replaces_a_damaged_last_one_with_a_warning(how, tmp
     damage(tmp_path / PREVIOUS, how)
     with pytest.raises(ValueError, match=PREVIOUS):
         load_checkpoint(path)
+
+
+def test_numbered_checkpoints_of_fractions_of_an_epoch_have_names_of_their_own():
+    names = [numbered(i / 10, 0.1) for i in (1, 8, 9, 10)]
+    assert names == [f"checkpoint-{number}.pth" for number in (0.1, 0.8, 0.9, 1)]
