@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import ImageColor
 
 from util import files, folders
-from util.distributed import Stopped, describe_loss, ending_workers, finish, is_peer_failure, leave, say
+from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, leave, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
 
@@ -399,19 +399,20 @@ PEER_LOST = 75
 def run(main):
     """Run a program's `main()` and end the process with its exit status; errors that users cause, and failing
     disks, are one line without a traceback."""
+    status = 0
     try:
         with ending_workers():
             main()
-        finish()
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", file=sys.stderr)
-        leave(stop.status)
+        status = stop.status
     except KeyboardInterrupt:
-        leave(130)
+        status = 130
     except Exception as error:
         report(f"error: {error}" if isinstance(error, ONE_LINE) else traceback.format_exc().strip(), error)
-        leave(2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1)
+        status = 2 if isinstance(error, UsageError) else PEER_LOST if is_peer_failure(error) else 1
+    leave(status)
 
 
 def report(message, error):

@@ -17,10 +17,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed
-import torch.distributed.nn  # now: imported with a process group there, it would keep that group for ever
 
 from util.device import choose_device
 
+PATIENCE = timedelta(hours=12)  # of those who wait while the main process works alone
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -42,7 +42,7 @@ def init(device_name="auto", timeout=10):
 
     timeout: minutes that a process waits for the others before it ends with an error.
     """
-    global _roll_call
+    global _roll_call, _patient_group
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return World(0, 1, device)
@@ -52,22 +52,14 @@ def init(device_name="auto", timeout=10):
         # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout))
-        _roll_call = RollCall()
+        _roll_call, _patient_group = RollCall(), torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def finish():
-    """Leave the process group, if there is one, and drop the connection of its roll call: nothing of them is
-    left for the interpreter's own end."""
-    global _roll_call
-    _roll_call = None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def leave(status):
-    """End this process with an exit status; a member of a process group at once: it neither leaves the group,
-    which may wait for lost peers, nor lets the interpreter end, which the group's threads could abort."""
+    """End this process with an exit status. A member of a process group ends at once: to take the group apart
+    can deadlock (torch 2.6 to 2.14: it waits, holding Python's lock, for threads that need the lock to drop
+    tensors), and the interpreter's end can abort the group's threads."""
     if not torch.distributed.is_initialized():
         sys.exit(status)
     atexit._run_exitfuncs()
@@ -83,14 +75,11 @@ def barrier():
 
 
 @contextmanager
-def main_alone(hours=12):
+def main_alone():
     """Inside it the others wait hours for the main process, not `init`'s timeout; its death they notice."""
-    several = torch.distributed.is_initialized()
-    group = several and torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=hours))
     yield
-    if several:
-        torch.distributed.barrier(group)
-        torch.distributed.destroy_process_group(group)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier(_patient_group)
 
 
 def all_sum(tensor):
@@ -183,7 +172,7 @@ class RollCall:
         self._reported = [r for r in range(len(self.hosts)) if self._store.check([f"report/{r}"])]
 
 
-_roll_call = None  # of the process group
+_roll_call = _patient_group = None  # of the process group
 
 
 def describe_loss(error, seconds=10):

@@ -4,7 +4,6 @@ import dataclasses
 import signal
 import sys
 from dataclasses import replace
-from datetime import timedelta
 
 import helpers
 import numpy as np
@@ -22,7 +21,6 @@ from engine.train import new_state, train, train_step
 from models.lpd import LPD
 from models.vqgan import VQModel
 from models.weights import read_pth, read_weights, save_weights
-from util import distributed
 from util.folders import list_images
 from util.logging import MetricsLog, read_metrics
 from util.token_cache import DamagedCache, TokenCache
@@ -190,15 +188,26 @@ def test_restarted_run_is_one_run_of_wandb_and_another_folder_another(tmp_path, 
     assert first == again != other and all(given["resume"] == "allow" for given in started)
 
 
-def test_the_wait_for_the_main_process_in_a_hook_has_its_own_limit(monkeypatch):
-    made = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **given: made.append(given["timeout"]))
-    for name in ("barrier", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, made.append)
+WAITING = """
+import torch
+from util import cli, distributed
+def main():
+    distributed.init("cpu", timeout=1)
+    barrier = torch.distributed.barrier
+    torch.distributed.barrier = lambda group: (print(group.group_name), barrier(group))
+    limits = torch.distributed.group.WORLD, distributed._patient_group
     with distributed.main_alone():
-        assert made[0] >= timedelta(hours=2) and len(made) == 1
-    assert len(made) == 3
+        for each in limits:
+            print(int(each._get_backend(torch.device("cpu")).options._timeout.seconds))
+    print(distributed._patient_group.group_name)
+cli.run(main)
+"""
+
+
+def test_the_wait_for_the_main_process_in_a_hook_has_its_own_limit():
+    with processes.group(1) as (place,):
+        lines = finished(processes.forked("-c", WAITING, places=[place])).out.splitlines()
+    assert lines[:2] == ["60", "43200"] and lines[2] == lines[3]
 
 
 # Several processes.
