@@ -161,7 +161,9 @@ def main(argv=None):
         if args.encode_images:
             sections["caching"] = time_caching(args, Path(folder), world)
     report = record(world.device, n=args.n, note=args.note, **sections)
-    publish(report, args.output_file)
+    figures = [(name, *figure) for name, part in sections.items() for figure in part.items()]
+    rates = [f"{name}: {key} {value}" for name, key, value in figures if key.endswith("_per_s")]
+    publish(report, args.output_file, "; ".join(rates))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def main(argv=None):
     measured = time_metrics(only, args.prc) if only else time_evaluation(args, world)
     versions = {"torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__}
     report = record(world.device, **versions, **measured)
-    publish(report, args.output_file)
+    seconds = ", ".join(f"{phase} {value} s" for phase, value in measured["seconds"].items())
+    publish(report, args.output_file, f"{measured['images']} images: {seconds}")
 
 
 if __name__ == "__main__":

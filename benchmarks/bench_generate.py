@@ -120,6 +120,14 @@ def psnr(tokenizer, decoder, tokens):
     return (20 * torch.log10(255 / (a - b).square().mean().sqrt())).item()
 
 
+def in_words(rows):
+    return "; ".join(
+        f"{row['path']}, batch {row['batch']}: {1000 * row['seconds']:.1f} ms, "
+        f"{row['images_per_second']:.1f} images/s (floor {1000 * row['floor_seconds']:.1f} ms)"
+        for row in rows if row["path"] != "products"
+    )
+
+
 def main(argv=None):
     args = parse_args(argv)
     with cli.checking():
@@ -139,7 +147,7 @@ def main(argv=None):
     if not args.no_decoder:
         example = torch.zeros(1, dtype=torch.int64), settings.orders([0]), settings.group_sizes, sampling
         report["decoder_psnr_db"] = psnr(tokenizer, decoder, paths["fast tokens"](*example))
-    measure.publish(report, args.output_file)
+    measure.publish(report, args.output_file, in_words(rows))
 
 
 if __name__ == "__main__":

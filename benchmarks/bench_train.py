@@ -136,6 +136,14 @@ def measured(args, config, world):
     }
 
 
+def in_words(result):
+    rates = "; ".join(
+        f"{name}: {steps['images_per_s']} images/s, {steps['share_of_floor']:.0%} of a matrix product's rate"
+        for name, steps in result["variants"].items()
+    )
+    return f"{rates}; {result['processes']} processes, {result['peak_device_memory_gb']} GB of GPU memory"
+
+
 def main(argv=None):
     args = parse_args(argv)
     with cli.checking():
@@ -143,7 +151,7 @@ def main(argv=None):
         config = train_config(args, world.size)
     result = record(world.device, processes=world.size, **measured(args, config, world))
     if world.is_main:
-        publish(result, args.output_file)
+        publish(result, args.output_file, in_words(result))
 
 
 if __name__ == "__main__":

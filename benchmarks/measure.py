@@ -57,11 +57,13 @@ def bandwidth(device, *, num_bytes=2**29):
     return num_bytes * calls / min(times)
 
 
-def publish(report, output_file):
-    """Print a report as JSON, and write it if there is a file to write."""
-    print(json.dumps(report, indent=1))
+def publish(report, output_file, line):
+    """Write a report to a JSON file, or print it if none is given; then print the line that sums it up."""
     if output_file:
         write_json(output_file, report)
+    else:
+        print(json.dumps(report, indent=1))
+    print(f"{report['device']}: {line}")
 
 
 def record(device, **measured):

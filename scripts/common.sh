@@ -4,7 +4,7 @@
 # One machine by default, on all of its GPUs. Several: NNODES, NODE_RANK and MASTER_ADDR on each of them, as
 # scripts/cli/run.py sets them; in an `srun` of your own they are SLURM's. NGPU: processes per machine.
 # MAX_BATCH_PER_GPU: larger batches are accumulated from smaller ones; the default of each training script fits a
-# GPU of 80 GB (benchmarks/count_training.py).
+# GPU of 80 GB (benchmarks/without_gpu/count_training.py).
 # DRY_RUN=1: check, print the command and stop.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,8 +1,8 @@
 """Memory that each training script needs of a GPU, counted without one: weights, gradients, moments, and
 everything that the backward pass of a micro-batch keeps.
 
-    python benchmarks/count_training.py
-    MAX_BATCH_PER_GPU=32 python benchmarks/count_training.py scripts/train/lpd_xxl_256.sh --grad_checkpointing
+    python benchmarks/without_gpu/count_training.py
+    MAX_BATCH_PER_GPU=32 python benchmarks/without_gpu/count_training.py scripts/train/lpd_xxl_256.sh
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 import main_lpd
-from benchmarks import fake_cuda
+from benchmarks.without_gpu import fake_cuda
 from models.lpd import LPD, LPD_CONFIGS, Execution
 from orders.schedule import cosine_group_sizes
 from util import cli
 
 GB = 1e9
 WORKSPACE = 3.0  # GB: CUDA itself, cuBLAS, NCCL and fragments of the allocator
-SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "scripts/train").glob("*.sh"))
+SCRIPTS = sorted((Path(__file__).resolve().parents[2] / "scripts/train").glob("*.sh"))
 
 
 def parse_args(argv=None):

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def run(program, *flags):
     """What a program of benchmarks/ prints. It replaces parts of torch, so it runs in its own process."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, f"benchmarks/{program}", *flags]
+    command = [sys.executable, f"benchmarks/without_gpu/{program}", *flags]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

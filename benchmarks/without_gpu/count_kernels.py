@@ -1,6 +1,6 @@
 """Count what generation asks of a GPU, on a machine without one: kernels, bytes and waits, part by part.
 
-    python benchmarks/count_kernels.py --model lpd_l --batch_sizes 1 64 --output_file counts.json
+    python benchmarks/without_gpu/count_kernels.py --model lpd_l --batch_sizes 1 64 --output_file counts.json
 
 Counts are of operators and of the kernels that Inductor writes; a library may start more inside an operator.
 Bytes are those of inputs and results, once each. `estimated_ms` is no measurement: each kernel takes its
@@ -13,8 +13,8 @@ from collections import defaultdict
 
 import torch
 
-from benchmarks import fake_cuda
-from benchmarks.fake_cuda import RECORDER
+from benchmarks.without_gpu import fake_cuda
+from benchmarks.without_gpu.fake_cuda import RECORDER
 from engine import generate
 from engine.fast import FastDecoder
 from engine.fused import FusedSteps

@@ -1,7 +1,7 @@
 """Compile every kernel that Inductor writes for decoding and training to machine code of an H100 (sm_90),
 without one: Triton and ptxas do all of their work, and nothing is run.
 
-    python benchmarks/compile_kernels.py --all
+    python benchmarks/without_gpu/compile_kernels.py --all
 """
 
 import copy
@@ -21,8 +21,8 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 
-from benchmarks import fake_cuda
-from benchmarks.count_kernels import fake_inputs
+from benchmarks.without_gpu import fake_cuda
+from benchmarks.without_gpu.count_kernels import fake_inputs
 from engine.fast import FLEX_ROWS, FastDecoder, compiled_execution
 from engine.fused import FusedSteps
 from engine.sampling import Sampling

@@ -1,0 +1,65 @@
+"""benchmarks/gpu.sh: its commands are valid, and run on a CPU with tiny models."""
+
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from processes import QUIET, REPO
+
+from util.files import read_json
+
+# In place of `timeout`: prints the command, or runs it small.
+PRINTS = "#!/bin/bash\nshift\necho \"$*\"\n"
+RUNS = """#!/bin/bash
+shift
+case "$*" in
+    *bench_generate*) tiny="--grid_size 4 --generation_steps 3 --batch_sizes 1 2 --n 1" ;;
+    *bench_train*) tiny="--img_size 64 --vocab_size 64 --batch_size 2 --n 1 --attention bool" ;;
+    *bench_evaluate*) tiny="--grid_size 4 --generation_steps 3 --num_images 3 --eval_bsz 2" ;;
+esac
+exec "$@" --model lpd_tiny $tiny --device cpu
+"""
+
+
+def gpu_sh(folder, stand_in, *names):
+    """What benchmarks/gpu.sh prints, with its results in `folder`."""
+    (folder / "timeout").write_text(stand_in)
+    (folder / "timeout").chmod(0o755)
+    path = {"OUT": str(folder), "PATH": f"{folder}:{os.environ['PATH']}", "TORCHDYNAMO_DISABLE": "1"}
+    words, env = ["bash", REPO / "benchmarks/gpu.sh", *names], {**os.environ, **QUIET, **path}
+    result = subprocess.run(words, env=env, capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stdout
+    return result.stdout.splitlines()
+
+
+def test_commands_are_valid_and_train_with_the_micro_batches_of_the_scripts(tmp_path):
+    trained, lines = set(), gpu_sh(tmp_path, PRINTS)
+    for line in lines:
+        name, command = re.fullmatch(r"(\w+), exit status 0: (.*)", line).groups()
+        program, _, flags = command.partition("benchmarks/")[2].partition(".py ")
+        if program:
+            args = importlib.import_module(f"benchmarks.{program}").parse_args(flags.split())
+            assert Path(args.output_file) == tmp_path / f"gpu_{name}.json"
+        if program == "bench_train":
+            trained.add((f"{args.model}_{args.img_size}.sh", args.batch_size))
+    assert len({line.split(",")[0] for line in lines}) == len(lines) > 20
+    scripts = {path.name: path.read_text() for path in (REPO / "scripts/train").glob("*.sh")}
+    recipes = {name: re.search(r"^train_lpd \d+ (\d+) ", text, re.M) for name, text in scripts.items()}
+    assert trained == {(name, int(recipe[1])) for name, recipe in recipes.items()}
+
+
+def test_a_command_that_fails_is_shown(tmp_path):
+    with pytest.raises(AssertionError, match="card, exit status 7: broken"):
+        gpu_sh(tmp_path, "#!/bin/bash\necho broken >&2\nexit 7\n", "card")
+
+
+@pytest.mark.long
+def test_rehearsal_of_one_command_of_each_kind(tmp_path):
+    """The programs themselves, as on the GPU but for their sizes."""
+    for name in ("generate_lpd_l_256_fused", "train_all_gpus", "evaluate_lpd_l_256"):
+        (line,) = gpu_sh(tmp_path, RUNS, name)
+        assert line.startswith(f"{name}, exit status 0: cpu: ")
+        assert read_json(tmp_path / f"gpu_{name}.json")["torch"]
