@@ -48,7 +48,7 @@ def describe(args, tokenizer, names, class_names, **how):
     cli.check_stated(args, vqgan_vocab_size=config.vocab_size, vqgan_stride=config.stride)
     if args.img_size % config.stride:
         raise ValueError(
-            f"--img_size {args.img_size} is no multiple of the tokenizer's stride {config.stride}"
+            f"--img_size {args.img_size} is not a multiple of the tokenizer's stride {config.stride}"
         )
     return CacheMeta(
         img_size=args.img_size, grid_size=args.img_size // config.stride, vocab_size=config.vocab_size,

@@ -58,7 +58,7 @@ def prepare(args, image, img_size, grid_size):
     elif args.box:
         x0, y0, x1, y1 = args.box
         if not (x0 < x1 <= image.width and y0 < y1 <= image.height):
-            raise ValueError(f"--box {x0} {y0} {x1} {y1} is no part of a picture of size {image.size}")
+            raise ValueError(f"--box {x0} {y0} {x1} {y1} is not within a picture of size {image.size}")
         mask[y0:y1, x0:x1] = True
     elif args.outpaint:
         pixels, mask = images.with_border(image, args.outpaint, img_size)
@@ -69,7 +69,7 @@ def prepare(args, image, img_size, grid_size):
     if not cells.any():
         raise ValueError(f"nothing to generate: no cell of the centre {img_size}x{img_size} is chosen")
     if args.outpaint and cells.all():
-        raise ValueError(f"--outpaint keeps no whole cell of {img_size // grid_size} pixels")
+        raise ValueError(f"--outpaint does not keep a whole cell of {img_size // grid_size} pixels")
     return pixels, cells
 
 

@@ -70,8 +70,8 @@ def parse_args(argv=None):
     add("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
     add("--kid", action="store_true", help="kernel distance; needs the reference's features")
     add("--prc", action="store_true", help="precision and recall; needs the reference's features")
-    add("--save_images", metavar="DIR", help="save the images as PNGs")
-    add("--save_npz", metavar="FILE", help="save the images as ADM does: arr_0 and labels")
+    add("--save_images", metavar="DIR", type=Path, help="save the images as PNGs")
+    add("--save_npz", metavar="FILE", type=Path, help="save the images as ADM does: arr_0 and labels")
     cli.add_order_flags(parser)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
@@ -85,9 +85,9 @@ def check_flags(args):
         raise cli.UsageError("--published_protocol needs --evaluate and --bf16")
     if args.evaluate:
         cli.required(args, "pretrained_ckpt", "vqgan_path")
-        for name in ("save_images", "save_npz"):
-            cli.writable_folder(f"--{name}", Path(getattr(args, name) or args.output_dir).parent)
-        if args.save_npz and not args.save_npz.endswith(".npz"):
+        for flag, path in (("--save_images", args.save_images), ("--save_npz", args.save_npz)):
+            cli.writable_folder(flag, path.parent if path else args.output_dir)
+        if args.save_npz and args.save_npz.suffix != ".npz":
             raise cli.UsageError(f"--save_npz {args.save_npz} must end in .npz")
         return
     if args.use_cached == bool(args.data_path):
@@ -108,15 +108,15 @@ def generation_settings(args, grid_size, num_images):
 
 def evaluation_spec(args, model, tokenizer, device, weights_digest):
     """The EvaluationSpec of a model in the precision in which it will generate."""
-    img_size = model.config.grid_size * tokenizer.config.stride
     settings = generation_settings(args, model.config.grid_size, args.num_images)
+    img_size = settings.grid_size * tokenizer.config.stride
     chosen = {name: getattr(args, name) for name in ("inception", "fid_stats", "kid", "prc")}
     metrics = evaluate.MetricSpec.load(args.features, device, img_size, **chosen)
     facts = evaluate.evaluation_facts(
         model, tokenizer, device, weights_digest=weights_digest, order_file=args.lpd_order_file,
         compiled=args.evaluate and args.compile, published=args.evaluate and args.published_protocol,
     )
-    sink = evaluate.ImageSink(*(place and Path(place) for place in (args.save_images, args.save_npz)))
+    sink = evaluate.ImageSink(args.save_images, args.save_npz)
     return evaluate.EvaluationSpec(settings, metrics, args.num_images, args.eval_bsz, facts, sink)
 
 
@@ -126,7 +126,7 @@ def open_sources(args, tokenizer, world):
         img_size, stride = args.img_size or 256, tokenizer.config.stride
         folder, held_out = cli.open_folders(args, img_size, world)
         if img_size % stride:
-            raise ValueError(f"--img_size {img_size} is no multiple of the tokenizer's stride {stride}")
+            raise ValueError(f"--img_size {img_size} is not a multiple of the tokenizer's stride {stride}")
         how = tokenizer, img_size, args.num_workers, world.device
         return [EncodedImages(part, *how) for part in (folder, held_out) if part], {
             "grid_size": img_size // stride, "vocab_size": tokenizer.config.vocab_size, "img_size": img_size,

@@ -77,7 +77,7 @@ def model_config(args, pretrained):
     if pretrained:
         refuse_changes(args.pretrained_ckpt, dataclasses.asdict(base), stated, "leave that flag out")
     if args.img_size % model.stride:
-        raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {model.stride}")
+        raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {model.stride}")
     return model
 
 

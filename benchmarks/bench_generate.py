@@ -116,7 +116,7 @@ def time_batch(paths, settings, products, batch, rates, n):
 @torch.inference_mode()
 def psnr(tokenizer, decoder, tokens):
     """Decibels of the decoder's images against those of the tokenizer; the peak is white."""
-    a, b = (to_uint8(part.decode(tokens)).double() for part in (tokenizer, decoder))
+    a, b = (to_uint8(part.decode(tokens)).cpu().double() for part in (tokenizer, decoder))
     return (20 * torch.log10(255 / (a - b).square().mean().sqrt())).item()
 
 

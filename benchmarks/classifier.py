@@ -68,7 +68,7 @@ def read_folder(flag, path, img_size, class_names=None):
     folder = list_images(cli.existing_folder(flag, path))
     class_names = class_names or folder.class_names
     if unknown := [name for name in folder.class_names if name not in class_names]:
-        raise cli.UsageError(f"{flag}: {path}/{unknown[0]} is none of the classes {', '.join(class_names)}")
+        raise cli.UsageError(f"{flag}: {path}/{unknown[0]} is not in the classes {', '.join(class_names)}")
     number = np.array([class_names.index(name) for name in folder.class_names])
     images = np.empty((len(folder), 1, img_size, img_size), np.uint8)
     try:
@@ -157,7 +157,7 @@ def train(args):
     if args.report:
         check_free("--report", args.report, args.overwrite)
     if args.img_size % 8:
-        raise cli.UsageError(f"--img_size {args.img_size} is no multiple of 8")
+        raise cli.UsageError(f"--img_size {args.img_size} is not a multiple of 8")
     with cli.checking():
         size, path = args.img_size, args.data_path
         images, labels, names = read_folder("--data_path", path / "train", size)

@@ -47,7 +47,7 @@ def load_checkpoint(path, parts=()):
     for name in ("train_config", *parts):
         if name not in checkpoint:
             raise ValueError(
-                f"{path}: no checkpoint of this training, {name} is missing; weights go to --pretrained_ckpt"
+                f"{path} is not a checkpoint of this training: no {name}; weights go to --pretrained_ckpt"
             )
     return checkpoint
 

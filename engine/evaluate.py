@@ -54,25 +54,27 @@ class MetricSpec:
     @classmethod
     def load(cls, features, device, img_size, *, inception=None, fid_stats=None, kid=False, prc=False):
         """From an extractor's name and files. ValueError also for a reference of another image size."""
-        reference = load_statistics(fid_stats, features=kid or prc) if fid_stats else None
-        digest = file_digest(fid_stats) if fid_stats else ""
-        size = (reference or {}).get("img_size", img_size)
-        if size != img_size:
-            raise ValueError(f"--fid_stats is of {size} px images, the weights make {img_size} px")
+        reference, digest = None, ""
+        if fid_stats:
+            reference, digest = load_statistics(fid_stats, features=kid or prc), file_digest(fid_stats)
+            if (size := reference.get("img_size", img_size)) != img_size:
+                raise ValueError(f"--fid_stats is of {size} px images, the weights make {img_size} px")
         return cls(make_extractor(features, device, inception), reference, digest, kid, prc)
 
     def __post_init__(self):
-        reference, own = self.reference or {}, self.extractor
+        """Compare what the reference records of its extractor, if anything, with the extractor."""
+        reference, extractor = self.reference or {}, self.extractor
         if (self.kid or self.prc) and "features" not in reference:
             raise ValueError("--kid and --prc need --fid_stats made by main_stats.py --save_features")
-        name, digest = (reference.get(key) for key in ("extractor", "extractor_digest"))
-        if name not in (None, own.name):
-            raise ValueError(f"--fid_stats is of {name} features, --features is {own.name}")
-        if digest not in (None, own.digest):
-            raise ValueError(f"--fid_stats is of {own.name} weights {digest}, now they are {own.digest}")
-        if reference and len(reference["mu"]) != own.num_features:
-            size = len(reference["mu"])
-            raise ValueError(f"--fid_stats: mu is [{size}], {own.name} has {own.num_features} features")
+        name = reference.get("extractor", extractor.name)
+        if name != extractor.name:
+            raise ValueError(f"--fid_stats is of {name} features, --features is {extractor.name}")
+        digest = reference.get("extractor_digest", extractor.digest)
+        if digest != extractor.digest:
+            raise ValueError(f"--fid_stats is of {name} weights {digest}, now they are {extractor.digest}")
+        expected = extractor.num_features
+        if reference and (size := len(reference["mu"])) != expected:
+            raise ValueError(f"--fid_stats: mu is [{size}], {name} has {expected} features")
 
     def as_json(self):
         """A dict of plain values."""
@@ -121,8 +123,8 @@ class EvaluationSpec:
     def name(self):
         """The name of the result's file, without `.json`."""
         s = self.settings
-        order, steps = s.order if s.file_orders is None else "file", len(s.group_sizes)
-        return f"{order}_steps{steps}_cfg{s.sampling.cfg:g}_seed{s.seed}_n{self.num_images}"
+        order = s.order if s.file_orders is None else "file"
+        return f"{order}_steps{len(s.group_sizes)}_cfg{s.sampling.cfg:g}_seed{s.seed}_n{self.num_images}"
 
 
 class PublishedDecoder:
@@ -213,7 +215,7 @@ def balanced_label(image_id, num_images, num_classes):
 
 
 def generate_batches(spec, generate, tokenizer, num_classes, ids, timer):
-    """Yield the images of these numbers in batches: (ids int64 [b], uint8 [b, H, W, 3] on the device)."""
+    """Yield the images with these ids in batches: (ids int64 [b], uint8 [b, H, W, 3] on the device)."""
     settings = spec.settings
     for batch in ids.split(spec.batch_size):
         labels = balanced_label(batch, spec.num_images, num_classes)

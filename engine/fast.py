@@ -23,7 +23,7 @@ from models.vqgan import as_square
 from util.device import GraphCapture, is_cuda
 from util.images import to_uint8
 
-FLEX_ROWS = 2048  # from so many rows on (512 px) FlexAttention skips 60-70 % of the blocks
+FLEX_ROWS = 2048  # from this many rows on (512 px), FlexAttention skips 60-70 % of the blocks
 LOSS_LOGITS = 2**26  # logits alive at once: 256 MB in float32
 PLAIN_ONLY = {"known", "on_group"}  # edits have shapes of their own, and a callback cannot be captured
 

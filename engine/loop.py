@@ -88,13 +88,16 @@ def run_training(state, training, run, world, log):
                 give_up(bad_steps, state.config.seed, training, run.output_dir, world)
 
             hooks = [hook for every, hook in run.hooks if due(every, at_end)]
-            to_log = state.step % run.log_every == 0
-            timely = to_log and timer.due() if run.save_last_freq is None else due(run.save_last_freq)
-            # before hooks too, so that one that fails loses no steps
-            save_last = timely or at_end or stop or hooks
+            regular = state.step % run.log_every == 0
+            if run.save_last_freq is None:
+                to_save = regular and timer.due()
+            else:
+                to_save = due(run.save_last_freq)
+            save_last = to_save or at_end or stop or hooks  # hooks: one that fails must lose no steps
             save_numbered = due(run.save_intermediate_freq)
             validate = training.validate and due(run.val_freq, at_end)
-            if to_log := to_log or save_last or save_numbered or validate:
+            to_log = regular or save_last or save_numbered or validate
+            if to_log:
                 progress.log_line(validate)
             if save_last:
                 save(LAST)
@@ -182,7 +185,7 @@ class RunningMeans:
         self.used = self.used + used
 
     def read(self, world):
-        """The means as a dict, which is empty if no step was used; starts anew. Every process must call
+        """The means as a dict, which is empty if no step was used; starts again. Every process must call
         it."""
         sums, used = torch.stack([*self.sums.values()]), int(self.used)
         means = distributed.all_sum(sums.float()) / (world.size * max(1, used))

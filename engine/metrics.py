@@ -29,7 +29,7 @@ class RunningStatistics:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
 
     def add(self, features):
-        features = features.double().cpu()
+        features = features.cpu().double()
         self.n += len(features)
         self.sum += features.sum(dim=0)
         self.products += features.T @ features

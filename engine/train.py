@@ -153,7 +153,7 @@ class LossForDDP(nn.Module):
 
 def draw_step(config, step):
     """The random choices of a step, the same on every process: the group sizes of each block of images, and
-    the keys float32 [global_batch, L] that an order sorts."""
+    keys float32 [global_batch, L], which sorted are the orders."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     num_blocks = math.ceil(config.global_batch / BLOCK)
     choices = torch.randint(len(config.schedules), (num_blocks,), generator=generator).tolist()
@@ -186,7 +186,11 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
 
 
 def add_gradients(state, loss_of, world, accum_iter, micro_batches):
-    """Add the gradients of the loss of a step to those of the parameters; returns the loss."""
+    """Add the gradients of this process's share of a step to those of the parameters; returns its loss.
+
+    A micro-batch is one or more slices that share a schedule, each a forward and backward pass. Gradients are
+    exchanged in the last pass only.
+    """
     config = state.config
     schedules, keys = draw_step(config, state.step)
     keys = own_part(keys, world.rank, world.size, accum_iter)  # [accum_iter, b, L]
@@ -196,7 +200,8 @@ def add_gradients(state, loss_of, world, accum_iter, micro_batches):
         tokens, labels = (to_device(x, world.device) for x in next(micro_batches))
         order = to_device(keys[i], world.device).argsort(dim=1, stable=True)  # so the same on any device
         b = len(tokens)
-        for block, rows in split_blocks((i * world.size + world.rank) * b, b):
+        first = (i * world.size + world.rank) * b  # the micro-batch's first image, counted within the step
+        for block, rows in split_blocks(first, b):
             last = i == accum_iter - 1 and rows.stop == b
             share = (rows.stop - rows.start) / (b * accum_iter)
             with nullcontext() if last or world.size == 1 else loss_of.no_sync():
@@ -217,8 +222,8 @@ def rehearse(state, loss_of, world, accum_iter):
 
 
 def plain(model):
-    """An LPD in eval mode that shares the weights of another and computes nothing by compiled functions: with
-    the batch sizes of validation these would be compiled anew."""
+    """An LPD in eval mode that shares the weights of another but not its compiled functions, which would be
+    compiled again for the batch sizes of validation."""
     with torch.device("meta"):
         other = LPD(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
@@ -227,28 +232,28 @@ def plain(model):
 
 def validation(source, config, world):
     """A function that takes a model in eval mode and returns its mean loss, nats per token, on held-out
-    images: VAL_IMAGES at most, evenly spaced in `source`. Image i always has the same random order and one of
-    the training schedules, and the mean is the same for any number of processes."""
+    images: VAL_IMAGES at most, evenly spaced in `source`. Image i always has the same random order and the
+    i-th training schedule, cyclically, and the mean is the same for any number of processes."""
     count, L = min(VAL_IMAGES, source.num_images), config.model.num_tokens
     images = np.linspace(0, source.num_images - 1, count).astype(int)
     orders = torch.rand(count, L, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-    kinds, at_a_time = len(config.group_sizes), max(1, VAL_TOKENS // L)
-    parts = [part for k in range(kinds) for part in torch.arange(count)[k::kinds].split(at_a_time)]
-    own = [part for part in parts[world.rank :: world.size] if len(part)]
+    cycle, at_a_time = len(config.group_sizes), max(1, VAL_TOKENS // L)
+    batches_of = [torch.arange(count)[k::cycle].split(at_a_time) for k in range(cycle)]  # by schedule
+    own = [ids for ids in sum(batches_of, ())[world.rank :: world.size] if len(ids)]
 
     @cache
     def batches():
-        return list(source.batches((images[part.numpy()], np.zeros(len(part), int)) for part in own))
+        return list(source.batches((images[ids.numpy()], np.zeros(len(ids), int)) for ids in own))
 
     @torch.no_grad()
     def mean_loss(model):
         model = plain(model)
-        nats = torch.zeros(count, dtype=torch.float64, device=world.device)
-        for part, batch in zip(own, batches(), strict=True):
-            inputs = [to_device(x, world.device) for x in (*batch, orders[part])]
+        nats = torch.zeros(count, dtype=torch.float64)  # on the CPU: mps has no float64
+        for ids, batch in zip(own, batches(), strict=True):
+            inputs = [to_device(x, world.device) for x in (*batch, orders[ids])]
             with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-                losses = token_nll(model, *inputs, config.group_sizes[part[0] % kinds])  # [b, L]
-            nats[part.to(world.device)] = losses.double().mean(dim=1)
+                losses = token_nll(model, *inputs, config.group_sizes[ids[0] % cycle])  # [b, L]
+            nats[ids] = losses.cpu().double().mean(dim=1)
         return distributed.all_sum(nats).mean().item()
 
     return mean_loss

@@ -38,7 +38,8 @@ class KVCache:
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention; q [B, H, N, d], k and v [B, H, M, d].
 
-    The mask is [N, M], bool (True: may see) or added to the scores; or a BlockMask, for a compiled caller.
+    The mask [N, M] is bool, True where a row may see a column, or float, added to the scores. Compiled
+    callers may give a BlockMask.
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
@@ -48,9 +49,9 @@ def attend(q, k, v, mask=None):
 
 
 def attend_on_cpu(q, k, v, mask):
-    """`attend` with a `training_mask`, whose first half of rows sees the first half of columns only: in two
-    calls, a quarter less work. The fused kernel is slower than two products in bfloat16, and faster in
-    float32 (benchmarks/LOG.md)."""
+    """`attend` with a `training_mask` [2L, 2L]. Its first L rows, the context, see no query, so they attend
+    to the first L columns in a call of their own: a quarter less work. Two products are faster than the fused
+    kernel in bfloat16, and slower in float32 (benchmarks/LOG.md)."""
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     attention = F.scaled_dot_product_attention if q.dtype == torch.float32 else attend_in_products

@@ -199,7 +199,7 @@ def as_square(tokens):
     """tokens [B, L] in raster order -> [B, h, h]."""
     side = int(tokens.shape[1] ** 0.5)
     if side * side != tokens.shape[1]:
-        raise ValueError(f"{tokens.shape[1]} tokens make no square image")
+        raise ValueError(f"{tokens.shape[1]} tokens do not make a square image")
     return tokens.unflatten(1, (side, side))
 
 
@@ -238,7 +238,7 @@ class VQModel(Pretrained, nn.Module):
         height, width = pixels.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise ValueError(
-                f"image of {width}x{height} pixels is no multiple of the stride {self.config.stride}"
+                f"image of {width}x{height} pixels is not a multiple of the stride {self.config.stride}"
             )
         z = self.quant_conv(self.encoder(pixels))  # [B, e, h, w]
         return F.normalize(z.permute(0, 2, 3, 1), dim=-1)  # [B, h, w, e]

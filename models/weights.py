@@ -81,7 +81,7 @@ def _find_on_hub(name, suffixes, revision):
         raise ValueError(f"{name} is a {uri.type}, files are read from model repositories")
     file, revision = uri.path_in_repo, revision or uri.revision
     if file and (Path(file).suffix not in suffixes or ".." in Path(file).parts):
-        raise ValueError(f"{name} names no file of the kind {', '.join(suffixes)}")
+        raise ValueError(f"{name} does not name a file that ends in {', '.join(suffixes)}")
     try:
         file = Path(file or _pick_file(_names_on_hub(uri.id, revision), suffixes, "the repository"))
         files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)

@@ -2,7 +2,9 @@
 
 `order[i, t]` is the raster position, of L = grid_size**2, that image i generates at slot t. Random choices
 come from a hash of (seed, image id, group, cell), so an order does not depend on what else is in the call.
-Source of the locality-aware order: Locality-aware Parallel Decoding, arXiv 2507.01957, section 3.3.
+Source of the locality-aware order: Locality-aware Parallel Decoding, arXiv 2507.01957, section 3.3. Cells are
+compared by integers: what decides first in the high bits, then what breaks ties. The same rules in plain
+Python, one cell at a time, are in tests/core/reference_orders.py.
 """
 
 import functools
@@ -138,7 +140,7 @@ def lpd_orders(
     near: at least `proximity_threshold`) by falling score, each farther from those it has (Chebyshev) than
     `repulsion_threshold`. The rest comes from the list of far cells by falling score, then the skipped near
     cells by falling score: by farthest-point sampling, in which equal distances go to the first in the list
-    and an empty group starts at random, or, if the group needs all of the list, as it stands.
+    and an empty group starts at random, or, if the group needs all of the list, in its order.
 
     Equal scores are in random order. Row i depends on (seed, image_ids[i]) alone; `image_ids` [n] are 0..n-1
     by default. Raises ValueError for anything out of range, and for group sizes that do not start with 1 or
@@ -157,7 +159,7 @@ class _Rules:
     """Tables of one grid and one pair of thresholds."""
 
     grid_size: int
-    least_near: np.uint32  # the least key of a near cell
+    least_near: np.uint32  # the least score key of a near cell
     apart: np.ndarray  # uint32 [L, L]: all ones if two cells may share a group, else 0
     distance: np.ndarray  # unsigned [L, L]: squared distance of two cells
     unreached: int  # larger than any squared distance
@@ -196,15 +198,17 @@ def _grow(keys, group_sizes, rules, known):
         ties = _random_bits(keys, group * num_tokens, num_tokens, workspace).astype(np.uint32)
         beside, across = count_neighbours(generated, rules.grid_size)
         ranks = (1 + BESIDE * beside + ACROSS * across) * (1 - generated)
-        near = ranks.astype(np.uint32) << np.uint32(SCORE_TIE_BITS)
-        near |= ties >> np.uint32(32 - SCORE_TIE_BITS)
-        place = near - rules.least_near  # below zero it wraps: far cells come to stand above the near ones
-        picks, taken = _take_near(near, size, rules)
+        score_key = ranks.astype(np.uint32) << np.uint32(SCORE_TIE_BITS)  # the rank, then random bits
+        score_key |= ties >> np.uint32(32 - SCORE_TIE_BITS)
+        # The list has far cells first, then near ones: the key of a far cell becomes negative, which wraps
+        # around to a number above those of the near cells. Within both the order stays.
+        list_rank = score_key - rules.least_near
+        picks, taken = _take_near(score_key, size, rules)
         rows = np.argsort(taken, kind="stable")
         rows = rows[: np.searchsorted(taken[rows], size)]  # those not full, the emptiest first
         if len(rows):
             whole = start + size == order.shape[1]  # the last group
-            candidates = ranks[rows] > 0, place[rows]
+            candidates = ranks[rows] > 0, list_rank[rows]
             picks[:, rows] = _take_from_list(picks[:, rows], taken[rows], *candidates, whole, rules)
         np.put_along_axis(generated, picks.T, 1, axis=1)
         order[:, start : start + size] = picks.T
@@ -223,51 +227,51 @@ def count_neighbours(generated, grid_size):
     return beside.reshape(generated.shape), across.reshape(generated.shape)
 
 
-def _take_near(near, size, rules):
-    """Take up to `size` near cells of each order, highest key in `near` first; each bars the cells around it.
+def _take_near(score_key, size, rules):
+    """Take up to `size` near cells of each order, highest score key first; each bars the cells around it.
 
-    `near` uint32 [n, L] is overwritten. Returns the cells, int64 [size, n], and how many of each order are
-    valid, int64 [n]: once an order has none left, it stays so.
+    `score_key` uint32 [n, L] is overwritten. Returns the cells, int64 [size, n], and how many of each order
+    are valid, int64 [n]: once an order has none left, it stays so.
     """
-    picks = np.zeros((size, len(near)), np.int64)
-    keys = np.zeros((size, len(near)), np.uint32)
-    rows = np.arange(len(near))
+    picks = np.zeros((size, len(score_key)), np.int64)
+    keys = np.zeros((size, len(score_key)), np.uint32)
+    rows = np.arange(len(score_key))
     for i in range(size):
         if i:
-            near &= rules.apart[picks[i - 1]]
-        near.argmax(axis=1, out=picks[i])
-        keys[i] = near[rows, picks[i]]
+            score_key &= rules.apart[picks[i - 1]]
+        score_key.argmax(axis=1, out=picks[i])
+        keys[i] = score_key[rows, picks[i]]
         if keys[i].max() < rules.least_near:
             break
     return picks, (keys >= rules.least_near).sum(axis=0)
 
 
-def _take_from_list(picks, taken, free, place, whole, rules):
+def _take_from_list(picks, taken, free, list_rank, whole, rules):
     """Complete `picks` int64 [size, n], the first `taken` [n] of which are valid, from the list of the cells
-    left: by farthest-point sampling or, if `whole`, as it stands.
+    left: by farthest-point sampling or, if `whole`, in the order of the list.
 
-    `free` bool [n, L]; `place` uint32 [n, L] is higher for cells earlier in the list. `taken` is
-    non-decreasing: the orders that sample their i-th cell come before those that have it.
+    `free` bool [n, L]; `list_rank` uint32 [n, L] is higher for cells earlier in the list, and is overwritten.
+    `taken` must be non-decreasing: the orders that still need an i-th cell are then the first ones.
     """
     if not whole:
-        empty = np.searchsorted(taken, 1)
-        random_bits = place[:empty] << np.uint32(32 - SCORE_TIE_BITS)
+        empty = np.searchsorted(taken, 1)  # the orders whose group is empty start at random
+        random_bits = list_rank[:empty] << np.uint32(32 - SCORE_TIE_BITS)
         picks[0, :empty] = (random_bits * free[:empty]).argmax(axis=1)
         taken = np.maximum(taken, 1)
-    place_bits = 32 - rules.unreached.bit_length()
-    place >>= np.uint32(32 - place_bits)
-    distance = free * rules.distance.dtype.type(rules.unreached)  # [n, L], from the group
-    key = np.empty_like(place)
-    rows = np.arange(len(place))
-    sampling = np.searchsorted(taken, np.arange(len(picks)), side="right").tolist()
-    for i, m in enumerate(sampling):
+    rank_bits = 32 - rules.unreached.bit_length()
+    list_rank >>= np.uint32(32 - rank_bits)
+    distance = free * rules.distance.dtype.type(rules.unreached)  # [n, L], to the group; 0: not free
+    key = np.empty_like(list_rank)  # the distance, then the place in the list
+    rows = np.arange(len(list_rank))
+    needing = np.searchsorted(taken, np.arange(len(picks)), side="right").tolist()
+    for i, m in enumerate(needing):  # the first m orders need an i-th cell
         if i and whole:
             distance[rows, picks[i - 1]] = 0
         elif i:
             np.minimum(distance, rules.distance[picks[i - 1]], out=distance)
         if m:
-            np.left_shift(distance[:m], place_bits, out=key[:m], dtype=np.uint32)
-            np.bitwise_or(key[:m], place[:m], out=key[:m])
+            np.left_shift(distance[:m], rank_bits, out=key[:m], dtype=np.uint32)
+            np.bitwise_or(key[:m], list_rank[:m], out=key[:m])
             key[:m].argmax(axis=1, out=picks[i, :m])
     return picks
 

@@ -30,11 +30,11 @@ from util.logging import read_metrics
 from util.token_cache import names_digest
 
 REPO = Path(__file__).resolve().parents[1]
-FEW_IMAGES = 5000  # below: smaller steps, and a model that learns less by heart
+FEW_IMAGES = 5000  # below: smaller steps, and a model that memorises less
 TOKENIZER_SHARE = 0.35  # of the time
 OVERHEAD = 1.2  # a run by its steps alone: data, validation, samples and checkpoints take the rest
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
-MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more is no use
+MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more do not help
 
 
 def parse_args(argv=None):

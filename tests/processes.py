@@ -1,7 +1,7 @@
 """Processes of the tests: how they are started, waited for, and looked at.
 
 Importing torch and the programs takes five seconds of a core. Most processes are therefore forked from a
-server that has done so; those whose subject is the interpreter or the launcher itself are started anew.
+server that has done so; those whose subject is the interpreter or the launcher itself start from scratch.
 """
 
 import multiprocessing

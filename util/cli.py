@@ -62,7 +62,7 @@ def number(kind, least=None, most=None):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
         low = least is not None and not value >= least  # `not >=` refuses nan too
         high = most is not None and not value <= most
         if low or high:
@@ -80,7 +80,7 @@ class GroupSizes(argparse.Action):
     def __call__(self, parser, args, values, flag=None):
         text = " ".join(values)
         if not re.fullmatch(r"[\d\s]+|\[[\d,\s]+\](\s*\*\s*[1-9]\d{0,5})?", text):
-            parser.error(f"{flag}: {text[:80]!r} is no list of numbers")
+            parser.error(f"{flag}: {text[:80]!r} is not a list of numbers")
         sizes, _, times = text.partition("*")
         setattr(args, self.dest, [int(size) for size in re.findall(r"\d+", sizes)] * int(times or 1))
 
@@ -155,7 +155,7 @@ def colour(text):
     try:
         red, green, blue = ImageColor.getrgb(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no colour like white or #e0e0e0") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a colour like white or #e0e0e0") from None
     return red, green, blue
 
 

@@ -22,7 +22,7 @@ def choose_device(name="auto", local_rank=0):
     kind = name.split(":")[0]
     here = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if kind not in here:
-        raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, mps")
+        raise ValueError(f"--device: {name!r} is not one of auto, cpu, cuda, mps")
     if not here[kind]():
         raise OSError(errno.ENODEV, "no such GPU is available here", f"--device {name}")
     if name == "cuda":
@@ -40,7 +40,7 @@ def refuse_copies():
     for name in () if one_of_its_kind else COPIES:
         if int(copies := os.environ.get(name, 1)) > 1:
             raise ValueError(
-                f"{name} is {copies}: so many copies of this program would all do the same work; start one, "
+                f"{name} is {copies}: that many copies of this program would do the same work; start one, "
                 "or one torchrun on each machine, as scripts/common.sh does"
             )
 

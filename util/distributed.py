@@ -108,7 +108,7 @@ def once(make):
 
 
 def say(message, file=None):
-    """Print a line, once among all processes; of names that are no text, the bytes as escapes."""
+    """Print a line, once among all processes; bytes of names that are not text as escapes."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(message.encode(errors="backslashreplace").decode(), file=file, flush=True)
 
@@ -180,9 +180,9 @@ def describe_loss(error, seconds=10):
     if _roll_call is None:
         return str(error)
     ranks, hosts = _roll_call.lost(seconds), _roll_call.hosts
-    lost = ", ".join(f"process {rank} on {hosts[rank]}" for rank in ranks) or "one for a moment"
+    lost = ", ".join(f"process {rank} on {hosts[rank]}" for rank in ranks) or "another process for a while"
     rank = torch.distributed.get_rank()
-    return f"process {rank} on {hosts[rank]} waited in vain for {lost} ({str(error).splitlines()[0]})"
+    return f"process {rank} on {hosts[rank]} got no answer from {lost} ({str(error).splitlines()[0]})"
 
 
 class Stopped(Exception):
@@ -230,7 +230,7 @@ def start_worker(*_):
     """Begin a worker process, forked, spawned or of a fork server: it leaves stop signals to the process that
     wants it, and ends when that is gone, whatever it is doing.
 
-    Without this a worker whose parent was killed stays for ever once the pipe to it is full: the thread that
+    Without this a worker whose parent was killed stays forever once the pipe to it is full: the thread that
     writes waits for a reader, of which the worker itself holds an end, and the worker for that thread.
     """
     for each in STOP_SIGNALS:

@@ -66,7 +66,7 @@ def _leftovers(folder):
 
 def _remove_leftovers(path):
     """Remove the temporary files of killed processes that were writing `path`: those of this machine, and all
-    if this process is the folder's sole writer. (macOS has no /proc: there nobody is known to be dead.)"""
+    if this process is the folder's sole writer. (macOS has no /proc: no owner is known to be dead there.)"""
     for partial in _leftovers(path.parent):
         if match := re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)-(.*)\.tmp", partial.name):
             alive = not Path("/proc").exists() or Path("/proc", match[1]).exists()
@@ -280,8 +280,8 @@ def read_arrays(path, keys, optional=()):
     with reading(path, ".npz"), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in (*keys, *(key for key in optional if key in archive.files))}
         for key, array in arrays.items():
-            if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is no array
-                raise ValueError(f"{key} is no array")
+            if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is not an array
+                raise ValueError(f"{key} is not an array")
         return arrays
 
 

@@ -78,7 +78,7 @@ def _why_not(entry, endings):
     if entry.is_dir():
         return ""
     if not entry.is_file():
-        return "broken link or no file"
+        return "broken link or not a file"
     ending = os.path.splitext(entry.name)[1].lower()
     return "" if ending in endings else ending or "no ending"
 
@@ -111,7 +111,7 @@ def _parts(inside, folder=""):
 
 def _train_and_val(root, found):
     """The names of the folders to train on and to hold out; empty for the whole, and for none. Raises
-    ValueError, naming what may be meant, if folders are no classes or may be meant in two ways."""
+    ValueError, naming what may be meant, if folders are not classes or may be meant in two ways."""
     inside = _inside(found)
     parts, places = _parts(inside), {os.path.dirname(path) for path, reason in found if not reason}
     (train, *more), (val, *others) = (parts.get(name, [""]) for name in ("train", "val"))
@@ -181,7 +181,7 @@ def list_images(root, reading=Reading(), endings=EXTENSIONS):
     """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
 
     Raises:
-        ValueError: no images in sub-folders, or sub-folders that are no classes.
+        ValueError: no images in sub-folders, or sub-folders that are not classes.
     """
     root = Path(root)
     found = once(lambda: list_files(root, endings))

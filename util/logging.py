@@ -50,7 +50,7 @@ def read_metrics(folder):
 
 
 def tensorboard_listener(folder, resume_step):
-    """A listener that writes TensorBoard events (needs the package tensorboard), those after a step anew."""
+    """A listener that writes TensorBoard events (needs the package tensorboard), those after a step again."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder, purge_step=resume_step + 1)

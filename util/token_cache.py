@@ -80,7 +80,7 @@ class CacheMeta:
             lists = {name: tuple(values[name]) for name in ("class_names", "unreadable")}
             meta = CacheMeta(**{**values, **lists})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no token cache description ({error})") from None
+            raise ValueError(f"{path} does not describe a token cache ({error})") from None
         if meta.format != FORMAT:
             raise ValueError(f"{path}: token cache of format {meta.format}, this program reads {FORMAT}")
         return meta
@@ -147,7 +147,7 @@ class CacheWriter:
 def _read_names(path):
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DamagedCache(f"{path}: no list of image names")
+        raise DamagedCache(f"{path} is not a list of image names")
     return names
 
 
@@ -155,7 +155,7 @@ def _map_shard(path, dtype, shape_tail):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python, which fails in many ways
-        raise ValueError(f"{path}: truncated or no array ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: truncated or not an array ({str(error).splitlines()[0]})") from None
     if array.dtype != dtype or array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
         found = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"{path}: {found} instead of {np.dtype(dtype)} [N, *{shape_tail}]")
@@ -250,12 +250,12 @@ class MarCache:
         try:
             listed = list_images(folder, endings={".npz"})
         except ValueError as error:
-            raise ValueError(f"{folder} is no token cache: no meta.json, no CLASS/*.npz ({error})") from None
+            raise ValueError(f"{folder} is not a token cache: no meta.json or CLASS/*.npz: {error}") from None
         self.names, self.labels, self.left_out = list(listed.names), listed.labels, listed.left_out
         self.paths = [Path(folder, name) for name in self.names]
         num_tokens = self._load(self.paths[0]).shape[1]
         if int(num_tokens**0.5) ** 2 != num_tokens:
-            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens make no square image")
+            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens do not make a square image")
         self.meta = CacheMeta(
             img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
             class_names=listed.class_names, tokenizer_digest="", num_images=len(self.paths),
@@ -289,7 +289,7 @@ class MarCache:
 
 def _why_incomplete(folder):
     if not (folder / "plan.json").exists():
-        return f"{folder} is no token cache: no meta.json"
+        return f"{folder} is not a token cache: it has no meta.json"
     meta = CacheMeta.read(folder / "plan.json")
     done = meta.num_shards - len(CacheWriter(folder, meta).missing_shards())
     return f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
@@ -330,7 +330,7 @@ def split_cache(cache, val_fraction=None):
         val = TokenCache(cache.folder / "val")
         own = ("num_images", "shard_size", "names_digest", "unreadable")
         now = {name: value for name, value in cache.meta.as_json().items() if name not in own}
-        refuse_changes(val.folder, val.meta.as_json(), now, f"make {cache.folder} anew")
+        refuse_changes(val.folder, val.meta.as_json(), now, f"make {cache.folder} again")
         return cache, val
     fraction = val_fraction_of(val_fraction, cache.meta.reading == "published")
     mask = held_out(cache.names, cache.labels, fraction) if fraction else np.zeros(len(cache), bool)

@@ -3,7 +3,7 @@
     python benchmarks/without_gpu/count_kernels.py --model lpd_l --batch_sizes 1 64 --output_file counts.json
 
 Counts are of operators and of the kernels that Inductor writes; a library may start more inside an operator.
-Bytes are those of inputs and results, once each. `estimated_ms` is no measurement: each kernel takes its
+Bytes are those of inputs and results, once each. `estimated_ms` is not a measurement: each kernel takes its
 bytes at 3 TB/s or its operations at 550 TFLOP/s (an H100), whichever is longer, and 2.3 microseconds.
 """
 

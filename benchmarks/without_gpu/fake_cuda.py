@@ -221,7 +221,7 @@ class TritonKernel:
 
 
 def aligned(tensor):
-    """What Inductor does with an input that begins at no multiple of 16 bytes: it copies it."""
+    """What Inductor does with an input that is not aligned to 16 bytes: it copies it."""
     return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
 
 

@@ -35,7 +35,7 @@ def minutes(text):
     """A time as SLURM writes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S) in minutes, rounded up."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
     days, *rest = (None if part is None else int(part) for part in match.groups())
     parts = [part for part in rest if part is not None]
     if days is None and len(parts) < 3:
@@ -43,7 +43,7 @@ def minutes(text):
     hours, mins, seconds = (parts + [0, 0])[:3]
     total = -(-((((days or 0) * 24 + hours) * 60 + mins) * 60 + seconds) // 60)
     if not total:
-        raise argparse.ArgumentTypeError(f"{text} is no time at all")
+        raise argparse.ArgumentTypeError(f"{text} is not a duration")
     return total
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house (DESIGN.md), held over the syntax trees of all Python files."""
+"""Who may import whom, where devices are named, what has a docstring: held over all syntax trees."""
 
 import ast
 import re

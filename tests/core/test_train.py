@@ -1,6 +1,6 @@
 """Training in one process: which images a step sees, what it draws, what it learns, and when it is skipped.
 
-After a change that is meant to alter the losses, write the golden ones anew with
+After a change that is meant to alter the losses, write the golden ones again with
 `PYTHONPATH=tests python tests/core/test_train.py`.
 """
 

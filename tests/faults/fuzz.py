@@ -144,7 +144,7 @@ FORMATS = {  # name: the file to damage, its writer, its reader, both given its 
 }
 
 
-# Damage: bytes changed anywhere, and behind checksums and syntax, where random bytes seldom get.
+# Damage: bytes changed anywhere, and behind checksums and syntax, where random bytes rarely get.
 
 VALUES = [None, True, 0, -1, 1, 2, 300, 0.5, float("nan"), "", "x", "..", [], [[]], {}, {"x": 1}, [0] * 100]
 
@@ -178,7 +178,7 @@ def damage_json(content, rng):
 
 
 def damage_zip(content, rng):
-    """Damage one part of a zip (a checkpoint's pickle, an array) and write all checksums anew."""
+    """Damage one part of a zip (a checkpoint's pickle, an array) and write all checksums again."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     name = rng.choice([*parts, *(name for name in parts if name.endswith(".pkl"))])

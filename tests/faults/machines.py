@@ -16,12 +16,13 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import helpers
 import processes
 import torch
-from processes import REPO
+from processes import REPO, wait_for
 
 from engine.data import ImageStream
 from models.weights import read_weights
@@ -32,7 +33,6 @@ SLURM = REPO / "tests/faults/slurm"
 TRAIN = ["bash", SLURM / "train.sh"]
 IMAGES, BATCH, EPOCHS = 160, 12, 6  # 80 steps
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-WAIT = 400  # seconds for one event, on a busy machine
 
 
 class NoCluster(Exception):
@@ -88,13 +88,6 @@ def cluster_in(folder):
         yield cluster
     finally:
         cluster.do("stop")
-
-
-def wait_for(condition, what):
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {WAIT} s"
-        time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -180,8 +173,8 @@ def preempt(job):
 
 
 def lose(job, place, how, announce=False, back=True):
-    """Let the machine `place` of the job `die` or `cut` its cable; give it `back` when the attempt has ended.
-    SLURM takes half a minute to notice, unless somebody tells it."""
+    """Turn off the machine `place` of the job (`how` is "die") or pull its cable ("cut"), and give it `back`
+    when the attempt has ended. SLURM takes half a minute to notice, unless somebody tells it."""
     before, machine = job.attempt, job.machines[place]
     job.cluster.do(how, machine)
     if announce:
@@ -191,7 +184,7 @@ def lose(job, place, how, announce=False, back=True):
         job.cluster.do("back", machine)
 
 
-def hang(job, place=1):
+def hang(job, place):
     """Stop the processes on a machine of the job."""
     before = job.attempt
     job.cluster.do("hang", job.machines[place], job.job_id)
@@ -202,20 +195,20 @@ FAULTS = {
     "requeue": requeue,
     "time limit": reach_time_limit,
     "preemption": preempt,
-    "power of rank 0": lambda job: lose(job, 0, "die"),
-    "power of another": lambda job: lose(job, 1, "die"),
-    "cable of rank 0": lambda job: lose(job, 0, "cut"),
-    "cable of another": lambda job: lose(job, 1, "cut"),
-    "hang of rank 0": lambda job: hang(job, 0),
-    "hang of another": hang,
+    "power of rank 0": partial(lose, place=0, how="die"),
+    "power of another": partial(lose, place=1, how="die"),
+    "cable of rank 0": partial(lose, place=0, how="cut"),
+    "cable of another": partial(lose, place=1, how="cut"),
+    "hang of rank 0": partial(hang, place=0),
+    "hang of another": partial(hang, place=1),
 }
 
 
-def survive(job, fault, steps=2):
-    """Do a fault after some steps of an attempt; returns the seconds until the job trains again."""
+def survive(job, kind, steps=2, **options):
+    """Do a fault of FAULTS after some steps of an attempt; returns the seconds until the job trains again."""
     job.wait_for_steps(steps)
     before, begun = job.attempt, time.monotonic()
-    fault(job)
+    FAULTS[kind](job, **options)
     wait_for(lambda: job.attempt > before and job.steps(job.attempt) > 1, "training after a fault")
     return time.monotonic() - begun
 
@@ -278,7 +271,7 @@ def repeat(cluster, space, args):
     job = cluster.submit(space / "run", *flags, **train_variables(tokens))
     for number in range(args.faults):
         kind = rng.choice(args.kinds)
-        seconds = survive(job, FAULTS[kind], steps=rng.randrange(1, 8))
+        seconds = survive(job, kind, steps=rng.randrange(1, 8))
         print(f"{number + 1}. {kind}: trains again after {seconds:.0f} s", flush=True)
     (space / "hurry").touch()
     state = job.ended()

@@ -8,15 +8,14 @@ import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import helpers
 import processes
 import pytest
 from faults import machines
 from faults.kills import evaluation_flags, order_flags, results
-from faults.machines import BATCH, EPOCHS, FAULTS, IMAGES, TRAIN, survive
-from processes import REPO
+from faults.machines import BATCH, EPOCHS, IMAGES, TRAIN, survive
+from processes import REPO, wait_for
 
 import main_cache
 import main_lpd
@@ -59,7 +58,7 @@ def hung(cluster, training, tokens, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hung") / "run"
     job = cluster.submit(folder, *ON_TWO, "--timeout", 0.5, **machines.train_variables(tokens))
     with ThreadPoolExecutor(1) as pool:
-        yield job, pool.submit(survive, job, FAULTS["hang of another"])
+        yield job, pool.submit(survive, job, "hang of another")
 
 
 def reasons(job):
@@ -102,8 +101,8 @@ def test_reason_of_sbatch_is_reported(cluster, tmp_path):
 
 
 def test_time_limit_and_requeue_by_hand(training):
-    survive(training, FAULTS["time limit"])
-    survive(training, FAULTS["requeue"])
+    survive(training, "time limit")
+    survive(training, "requeue")
     assert records(training.folder / "jobs", training.job_id)[0]["cause"] == "time limit"
     assert "stopped: SIGUSR2: checkpoint-last.pth holds step" in processes.finished(
         training.cluster.run("logs", training.folder)
@@ -114,29 +113,25 @@ def test_machine_that_hangs_ends_the_attempt_and_is_named(hung):
     """Half a minute without an answer, 10 s to find out whose, and half a minute for a better reason."""
     job, seconds = hung
     seconds.result()
-    rank = r"process [01] on lpd\d waited in vain for process 2 on (lpd\d), process 3 on \1 \(.*\)"
+    rank = r"process [01] on lpd\d got no answer from process 2 on (lpd\d), process 3 on \1 \(.*\)"
     assert re.fullmatch(f"error: {rank}", reasons(job)[0])
     processes.finished(job.cluster.run("cancel", job.folder))
 
 
-def test_preemption_by_a_higher_partition(training):
-    survive(training, FAULTS["preemption"])
-
-
 def test_power_loss_of_the_machine_of_rank_0_which_another_replaces(training):
     lost = training.machines[0]
-    survive(training, partial(machines.lose, place=0, how="die", announce=True, back=False))
+    survive(training, "power of rank 0", announce=True, back=False)
     assert lost not in training.machines
     training.cluster.do("back", lost)
 
 
-def test_cable_pulled_and_put_back(training):
-    """From the machine of rank 0, whose srun may then kill the step of the new attempt: queued once more."""
-    survive(training, partial(machines.lose, place=0, how="cut", announce=True))
-
-
-def test_power_loss_of_another_machine(training):
-    survive(training, partial(machines.lose, place=1, how="die", announce=True))
+@pytest.mark.parametrize("kind, options", [
+    ("preemption", {}),
+    ("cable of rank 0", {"announce": True}),  # its srun may kill the new attempt's step: queued once more
+    ("power of another", {"announce": True}),
+])
+def test_training_goes_on_after(training, kind, options):
+    survive(training, kind, **options)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +152,7 @@ def test_after_all_faults_the_weights_are_those_of_one_machine(training, halfway
     assert attempts == list(range(len(attempts))) and len(attempts) >= 7, status
     machines.check_images(training, EPOCHS)
     plain = training.folder.with_name("plain")
-    machines.wait_for((plain / "lpd.safetensors").exists, "end of the undisturbed training")
+    wait_for((plain / "lpd.safetensors").exists, "end of the undisturbed training")
     assert machines.same_weights(training.folder, plain)
 
 
@@ -186,12 +181,12 @@ def test_resumed_on_more_machines(cluster, tokens, halfway, tmp_path):
 def test_earlier_attempt_on_a_cut_machine_writes_nothing_once_the_next_has_begun(
     cluster, tokens, halfway, tmp_path
 ):
-    """On fewer machines: on one, which trains on when its cable is pulled; SLURM begins anew elsewhere."""
+    """On fewer machines: on one, which trains on when its cable is pulled; SLURM begins again elsewhere."""
     job = resumed(cluster, tokens, halfway, tmp_path / "run", 1)
-    survive(job, partial(machines.lose, place=0, how="cut", announce=True, back=False))
+    survive(job, "cable of rank 0", announce=True, back=False)
     log = job.folder / f"jobs/{job.job_id}_0_log.err"
     line = rf"error: {job.folder} is taken over by .*, attempt 1 of .*, attempt 0 of .* writes no more"
-    machines.wait_for(lambda: re.search(line, log.read_text()), "the end of attempt 0")
+    wait_for(lambda: re.search(line, log.read_text()), "the end of attempt 0")
     cut = int(records(job.folder / "jobs", job.job_id, "began")[0]["machines"][0][3:])
     cluster.do("back", cut)
     (tmp_path / "hurry").touch()

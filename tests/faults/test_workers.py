@@ -51,7 +51,7 @@ def images_read(log):
 
 
 def assert_nothing_outlives(program, number, log, images):
-    """Signal a program once its workers have begun to read so many images."""
+    """Signal a program once its workers have begun to read that many images."""
     try:
         wait_for(lambda: images_read(log) >= images or not running(program.pid), "reading")
         assert running(program.pid)

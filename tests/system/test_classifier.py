@@ -54,7 +54,7 @@ def test_classifier_recognises_a_folder_and_notices_swapped_classes(tmp_path):
     [
         (["check", "--weights", "none.safetensors", "--images", "."], "--weights: no such file"),
         (["train", "--data_path", "nowhere", "--output", "w.safetensors"], "--data_path: no such folder"),
-        (["train", "--data_path", ".", "--output", "w.safetensors", "--img_size", "12"], "no multiple of 8"),
+        (["train", "--data_path", ".", "--output", "w.safetensors", "--img_size", "12"], "a multiple of 8"),
         (["train", "--data_path", ".", "--output", "taken.safetensors"], "exists; --overwrite"),
     ],
 )

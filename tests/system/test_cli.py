@@ -151,7 +151,7 @@ def test_copies_of_a_program_that_would_do_the_same_work_are_refused(variable, m
     monkeypatch.setenv(variable, "2")
     outcome = helpers.call("cache", *helpers.cache_flags("nowhere"))
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert outcome.err.startswith(f"error: {variable} is 2: so many copies")
+    assert outcome.err.startswith(f"error: {variable} is 2: that many copies")
     for name in ("RANK", "SLURM_PTY_PORT"):  # torchrun's process; a shell on one of several tasks
         with monkeypatch.context() as patch:
             patch.setenv(name, "0")
@@ -286,7 +286,7 @@ def test_group_sizes_may_be_written_as_published_scripts_do(text):
 def test_group_sizes_are_parsed_and_never_evaluated(text):
     parser = cli.Parser()
     cli.add_order_flags(parser)
-    with pytest.raises(cli.UsageError, match="--group_sizes: .* is no list of numbers"):
+    with pytest.raises(cli.UsageError, match="--group_sizes: .* is not a list of numbers"):
         parser.parse_args(["--group_sizes", text])
 
 

@@ -1,4 +1,4 @@
-"""The fast path gives what the plain one gives, and is captured and compiled as seldom as it promises."""
+"""The fast path gives what the plain one gives, captured and compiled no more often than promised."""
 
 import copy
 import dataclasses

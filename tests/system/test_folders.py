@@ -50,7 +50,7 @@ USED = {
     "tiny imagenet": ("train/a/images/1.png val/images/2.png", ["a"], 1, None, ["val/images (no such"]),
     "linked folder": ("a/1.png b/2.png b/3.png a/more->../b", ["a", "b"], 5, None, []),
     "link upwards": ("a/1.png a/up->..", ["a"], 1, None, ["a/up (a link to a folder above it)"]),
-    "broken link": ("a/1.png a/2.png->gone", ["a"], 1, None, ["a/2.png (broken link or no file)"]),
+    "broken link": ("a/1.png a/2.png->gone", ["a"], 1, None, ["a/2.png (broken link or not a file)"]),
     "endings": ("a/1.PGM a/2.jfif a/3.heic a/4", ["a"], 2, None, ["a/3.heic (.heic)", "a/4 (no ending)"]),
     "system folders": ("a/1.png a/@eaDir/2.png lost+found/a.png", ["a"], 1, None, ["a/@eaDir, lost+found"]),
     "a class of trains": ("train/1.png bus/1.png", ["bus", "train"], 2, None, []),
@@ -165,7 +165,7 @@ def test_of_many_classes_the_smallest_and_the_largest_are_shown(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """An image folder of 9 images without val/, one of them no image."""
+    """An image folder of 9 images without val/, one of them not an image."""
     helpers.write_images(tmp_path / "data", 3)
     (tmp_path / "data/01_noise/1.png").write_bytes(b"no picture")
     return tmp_path / "data"

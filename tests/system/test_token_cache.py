@@ -212,7 +212,7 @@ def test_images_skipped_on_request_are_listed_and_all_others_cached(tmp_path, da
 
 
 def test_names_of_any_kind_are_kept(tmp_path):
-    """File names are bytes; those that are no UTF-8 are shown with escapes."""
+    """File names are bytes; those that are not UTF-8 are shown with escapes."""
     helpers.write_images(tmp_path / "images", 2)
     class_name = os.fsdecode(b"caf\xe9 [ {big} ]")
     (tmp_path / "images/01_noise").rename(tmp_path / "images" / class_name)
@@ -335,5 +335,5 @@ def test_token_outside_the_vocabulary_ends_training_by_name(tmp_path, small_cach
 
 
 def test_folder_without_a_cache_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no token cache"):
+    with pytest.raises(ValueError, match="not a token cache"):
         open_token_cache(tmp_path)

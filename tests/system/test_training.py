@@ -274,7 +274,7 @@ def test_checkpoint_without_one_of_its_parts_is_refused_by_name(tmp_path, missin
     checkpoint = checkpoint_of(state, {}, ema={})
     del checkpoint[missing]
     save_checkpoint(tmp_path / "cut.pth", checkpoint)
-    with pytest.raises(ValueError, match=f"cut.pth: no checkpoint of this training, {missing} is missing"):
+    with pytest.raises(ValueError, match=f"cut.pth is not a checkpoint of this training: no {missing}"):
         state.load(tmp_path / "cut.pth")
 
 

@@ -537,6 +537,6 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, tiny_lpd, content,
 
 @pytest.mark.parametrize("content", CODE)
 def test_the_code_in_these_files_would_run(tmp_path, content):
-    with contextlib.suppress(RuntimeError):  # a bare pickle is no checkpoint, but runs before this is noticed
+    with contextlib.suppress(RuntimeError):  # a bare pickle, which runs before it is refused
         torch.load(io.BytesIO(content(tmp_path / "ran")), weights_only=False)
     assert (tmp_path / "ran").exists()
