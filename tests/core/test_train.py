@@ -127,7 +127,7 @@ def test_a_step_does_not_depend_on_how_blocks_are_cut_into_micro_batches():
 # What is learned.
 
 
-def test_four_images_are_learned_by_heart_and_greedy_decoding_returns_them():
+def test_four_images_are_memorised_and_greedy_decoding_returns_them():
     """Loss below 0.1 nats per token, where guessing costs log 16 = 2.8, and exact in every schedule."""
     state = new_state(CONFIG, ALONE.device)
     losses = steps_of(state, 120)
