@@ -6,11 +6,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import re
 import shlex
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,11 +32,6 @@ HARMLESS = {  # module: what checkpoints have of it and weights do without
     "omegaconf.dictconfig": "DictConfig", "omegaconf.listconfig": "ListConfig", "omegaconf.nodes": "AnyNode",
     "pathlib._local": PATHS,
 }
-STRIP = (  # a program that keeps the tensors of a file
-    "import torch; f = lambda d: {{k: f(v) if isinstance(v, dict) else v for k, v in d.items() "
-    'if isinstance(v, (dict, torch.Tensor))}}; c = torch.load({}, "cpu", weights_only=False); '
-    'torch.save(f(getattr(c, "state_dict", lambda: c)()), {})'
-)
 
 
 class Inert:
@@ -56,7 +51,7 @@ def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
         return _find_on_hub(str(name), suffixes, revision)
     path = Path(name)
     if path.is_dir():
-        path = path / _pick_file([file.name for file in path.iterdir()], suffixes, path)
+        return path / _pick_file(os.listdir(path), suffixes, path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     return path
@@ -95,15 +90,13 @@ def _find_on_hub(name, suffixes, revision):
 
 def _names_on_hub(repo, revision):
     """The names of a repository's files; without a network, of those that are cached."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        return [file.rfilename for file in HfApi().model_info(repo, revision=revision, timeout=10).siblings]
+        return list_repo_files(repo, revision=revision)
     except Exception:
-        with suppress(Exception):
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-            return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        raise
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[]))
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def read_weights(path, *kinds):
@@ -180,12 +173,19 @@ def read_pth(path):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            strip = shlex.quote(STRIP.format(*(json.dumps(str(path) + end) for end in ("", ".plain.pth"))))
+            strip = shlex.quote(f"from models.weights import strip; strip({str(path)!r})")
             remedy = f"if you trust its maker, keep its tensors alone with: python -c {strip}"
             raise ValueError(f"{path}: refused, not plain weights ({_reason(error)}); {remedy}") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def strip(path):
+    """Write the tensors of a `.pth` file alone into PATH.plain.pth. Reading it runs the code that it holds."""
+    content = torch.load(path, "cpu", weights_only=False)
+    content = content.state_dict() if isinstance(content, torch.nn.Module) else content
+    torch.save(dict(_tensors(content)), f"{path}.plain.pth")
 
 
 def _read_safetensors(path):

@@ -189,19 +189,9 @@ def _holds(path):
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, a list of plain values on one line, atomically."""
+    """Write a value as indented JSON, atomically."""
     with atomic(path) as partial:
-        partial.write_text(_indented(value) + "\n")
-
-
-def _indented(value, margin="\n"):
-    inner = margin + "  "
-    if isinstance(value, dict) and value:
-        rows = [f"{json.dumps(str(name))}: {_indented(part, inner)}" for name, part in value.items()]
-        return "{" + inner + f",{inner}".join(rows) + margin + "}"
-    if isinstance(value, (list, tuple)) and any(isinstance(part, (dict, list, tuple)) for part in value):
-        return "[" + inner + f",{inner}".join(_indented(part, inner) for part in value) + margin + "]"
-    return json.dumps(value)
+        partial.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path):
@@ -221,12 +211,8 @@ def value_digest(value):
 
 def file_digest(path):
     """16 hex digits that identify a file's contents."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        with naming(path):
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    with naming(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def refuse_changes(path, saved, now, remedy):
