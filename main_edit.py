@@ -4,9 +4,7 @@
         --pretrained_ckpt lpd.safetensors --vqgan_path tokenizer.safetensors
 """
 
-import util as util  # isort: skip
-from pathlib import Path
-
+from util import cli  # isort: skip
 import numpy as np
 import torch
 
@@ -15,7 +13,7 @@ from engine.generate import edit_tokens, load_pair, resolve_settings, whole_orde
 from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import random_orders
-from util import cli, images, pictures
+from util import images, pictures
 from util.device import choose_device, describe
 from util.files import write_json
 
@@ -50,7 +48,8 @@ def parse_args(argv=None):
 
 def prepare(args, image, img_size, grid_size):
     """The picture as the model gets it, uint8 [S, S, 3], and the cells to generate, bool [num, L]."""
-    pixels, mask = images.center_crop(image, img_size), np.zeros((image.height, image.width), bool)
+    pixels = images.center_crop(image, img_size)
+    mask = np.zeros((image.height, image.width), bool)
     if args.mask:
         mask = images.read_mask(cli.existing_file("--mask", args.mask))
         if mask.shape[::-1] != image.size:
@@ -76,11 +75,11 @@ def prepare(args, image, img_size, grid_size):
 def load(args, image):
     """Model, tokenizer, settings, label, the picture and the cells to generate."""
     model, tokenizer, info = load_pair(args.pretrained_ckpt, args.vqgan_path, args.model)
-    grid_size, stride, codes = model.config.grid_size, tokenizer.config.stride, tokenizer.config.vocab_size
-    cli.check_stated(args, vqgan_vocab_size=codes, vqgan_stride=stride, img_size=grid_size * stride)
+    cli.check_weights(args, model.config, tokenizer.config)
     names = cli.class_names(args, model.config.num_classes, info)
     label = cli.find_class("--class", getattr(args, "class"), names)
-    pixels, cells = prepare(args, image, grid_size * stride, grid_size)
+    grid_size = model.config.grid_size
+    pixels, cells = prepare(args, image, grid_size * tokenizer.config.stride, grid_size)
     chosen = {name: getattr(args, name) for name in cli.ORDER_FLAGS if name != "lpd_order_file"}
     if args.generation_steps:
         chosen["generation_steps"] = min(args.generation_steps, int(cells[0].sum()))
@@ -91,9 +90,10 @@ def load(args, image):
 
 def edit(model, decoder, tokens, settings, label, batch_size):
     """The edited pictures, uint8 [num, S, S, 3], and a list of the first ones after each step, likewise."""
-    device, edited, film = model.pos_embed.device, [], []
+    edited, film = [], []
     for ids in torch.arange(len(settings.known)).split(batch_size):
-        keep, order = torch.from_numpy(settings.known[ids.numpy()]), settings.orders(ids.numpy())
+        keep = torch.from_numpy(settings.known[ids.numpy()])
+        order = settings.orders(ids.numpy())
         whole = whole_order(keep, order)[:SHOWN].numpy()
 
         def add_frame(tokens, slots, whole=whole):
@@ -101,7 +101,7 @@ def edit(model, decoder, tokens, settings, label, batch_size):
             film.append(pictures.filled(shown, whole, slots))
 
         made = edit_tokens(
-            model, tokens.expand(len(ids), -1), keep.to(device), torch.full((len(ids),), label), order,
+            model, tokens.expand(len(ids), -1), keep.to(tokens.device), torch.full((len(ids),), label), order,
             settings.group_sizes, settings.sampling, seed=settings.seed, image_ids=ids,
             on_group=None if edited else add_frame,
         )
@@ -119,8 +119,7 @@ def save(output, pixels, cells, edited, film):
         pictures.save_png(output / f"images/{i:05d}.png", image)
     rows = np.concatenate([originals, kept, edited[:SHOWN]])
     pictures.save_png(output / "sheet.png", pictures.labelled_rows(rows, ["original", "kept", "edited"]))
-    frames = [pictures.grid(shown, len(kept)) for shown in (kept, *film)]
-    pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
+    pictures.save_film(output / "film.gif", [pictures.grid(shown, len(kept)) for shown in (kept, *film)])
 
 
 @torch.inference_mode()
@@ -131,19 +130,19 @@ def main(argv=None):
         device = choose_device(args.device)
         image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))
         model, tokenizer, settings, label, pixels, cells = load(args, image)
-        cli.prepare_output(args, RECORD)
+        output = cli.prepare_output(args, RECORD)
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16)
-    output, record = Path(args.output_dir), {n: getattr(args, n) for n in ("image", "num", "bf16", "paste")}
-    record |= {"settings": settings.as_json(), "label": label}
-    record["generated_cells"] = [np.flatnonzero(row).tolist() for row in cells]
-    write_json(output / RECORD, record)
+    write_json(output / RECORD, {
+        "image": args.image, "num": args.num, "bf16": args.bf16, "paste": args.paste, "label": label,
+        "settings": settings.as_json(), "generated_cells": [np.flatnonzero(row).tolist() for row in cells],
+    })
     tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
-    edited = edited if args.paste is None else images.paste(pixels, edited, cells, args.paste)
+    if args.paste is not None:
+        edited = images.paste(pixels, edited, cells, args.paste)
     save(output, pixels, cells, edited, film)
-    steps = len(settings.group_sizes)
-    print(f"{cells[0].sum()} of {cells[0].size} cells generated in {steps} steps: {output}/sheet.png")
+    print(f"{cells[0].sum()} of {cells[0].size} cells generated: {output}/sheet.png")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
         --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/samples
 """
 
-import util as util  # isort: skip
+from util import cli  # isort: skip
 import dataclasses
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from models.lpd import LPD_CONFIGS
 from models.weights import ORDER_SUFFIXES, find
 from orders.plot import steps_of_cells
 from orders.schedule import cosine_group_sizes
-from util import cli, pictures
+from util import pictures
 from util.device import choose_device, describe
 from util.files import write_json
 from util.images import to_uint8
@@ -51,11 +50,11 @@ def parse_args(argv=None):
 def load(args):
     """Model, tokenizer, the settings to generate with (one or two), labels int64 [n], and class names."""
     model, tokenizer, info = load_pair(args.pretrained_ckpt, args.vqgan_path, args.model)
-    grid_size, stride, codes = model.config.grid_size, tokenizer.config.stride, tokenizer.config.vocab_size
-    cli.check_stated(args, vqgan_vocab_size=codes, vqgan_stride=stride, img_size=grid_size * stride)
+    cli.check_weights(args, model.config, tokenizer.config)
     names = cli.class_names(args, model.config.num_classes, info)
     chosen = [cli.find_class("--classes", text, names) for text in args.classes or ()]
     labels = torch.tensor(chosen or range(min(10, len(names)))).repeat_interleave(args.num_per_class)
+    grid_size = model.config.grid_size
     settings = resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=len(labels),
         **{name: getattr(args, name) for name in cli.ORDER_FLAGS},
@@ -68,19 +67,19 @@ def load(args):
 
 
 def generate(make, settings, labels, batch_size):
-    """Images of labels int64 [n] as uint8 [n, H, W, 3], and their timing: seconds per image, decoding
-    included, `alone` (batch 1, the least of three) and `in_batch`."""
-    steps, sizes, ids = len(settings.group_sizes), settings.group_sizes, torch.arange(len(labels))
+    """Images of labels int64 [n] as uint8 [n, H, W, 3], and the seconds for one, decoding included: alone
+    (the least of three), and in a batch."""
+    ids = torch.arange(len(labels))
+    sizes = settings.group_sizes
     images, seconds = [], []
     batches = [ids[:1]] * 4 + list(ids.split(batch_size))  # the very first call is slower than any other
-    for batch in tqdm(batches, unit="batch", desc=f"{steps} steps"):
-        orders, begin = settings.orders(batch.numpy()), time.perf_counter()
+    for batch in tqdm(batches, unit="batch", desc=f"{len(sizes)} steps"):
+        orders = settings.orders(batch.numpy())
+        begin = time.perf_counter()
         made = make(labels[batch], orders, sizes, settings.sampling, seed=settings.seed, image_ids=batch)
         images.append(made.cpu())
         seconds.append(time.perf_counter() - begin)
-    timing = {"name": f"{settings.order} order", "steps": steps}
-    timing |= {"alone": min(seconds[1:4]), "in_batch": sum(seconds[4:]) / len(labels)}
-    return torch.cat(images[4:]).numpy(), timing
+    return torch.cat(images[4:]).numpy(), min(seconds[1:4]), sum(seconds[4:]) / len(labels)
 
 
 def save_images(output, steps, images, labels, names, num_per_class):
@@ -95,7 +94,8 @@ def save_images(output, steps, images, labels, names, num_per_class):
 def save_film_and_order(output, model, decoder, settings, labels, num_per_class):
     """The film of the first image of each class (ten at most), and the order of the first image."""
     ids = torch.arange(0, len(labels), num_per_class)[:10]
-    orders, frames = settings.orders(ids.numpy()), []
+    orders = settings.orders(ids.numpy())
+    frames = []
 
     def add_frame(tokens, slots):
         images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), orders.numpy(), slots)
@@ -106,7 +106,7 @@ def save_film_and_order(output, model, decoder, settings, labels, num_per_class)
         image_ids=ids, on_group=add_frame,
     )
     frames = [np.full_like(frames[0], pictures.GREY), *frames]
-    pictures.save_film(output / "film.gif", frames, seconds=max(0.06, 3.0 / len(frames)))
+    pictures.save_film(output / "film.gif", frames)
     steps = steps_of_cells(orders[:1].numpy(), settings.group_sizes).reshape(settings.grid_size, -1)
     pictures.save_order_map(output / "order.png", steps, f"{settings.order} order, {steps.max() + 1} steps")
 
@@ -118,31 +118,29 @@ def main(argv=None):
         args.lpd_order_file = args.lpd_order_file and find(args.lpd_order_file, ORDER_SUFFIXES)
         device = choose_device(args.device)
         model, tokenizer, variants, labels, names = load(args)
-        cli.prepare_output(args, RECORD)
-    output, sheets, timings = Path(args.output_dir), [], []
+        output = cli.prepare_output(args, RECORD)
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
-    how = {"bf16": args.bf16, "compile": args.compile}
-    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), **how}
+    record = {
+        "settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16,
+        "compile": args.compile,
+    }
     write_json(output / RECORD, record)
     make = partial(generate_images, model, decoder)
     if args.compile:
         make = FastGenerator(model, decoder).generate_images
+    sheets, timings = [], []
     for settings in variants:
-        images, timing = generate(make, settings, labels, args.batch_size)
-        sheets.append(save_images(output, timing["steps"], images, labels, names, args.num_per_class))
-        timings.append(timing)
+        name, steps = f"{settings.order} order", len(settings.group_sizes)
+        images, alone, in_batch = generate(make, settings, labels, args.batch_size)
+        sheets.append(save_images(output, steps, images, labels, names, args.num_per_class))
+        timings.append({"name": name, "steps": steps, "alone": alone, "in_batch": in_batch})
+        print(f"{name}, {steps} steps: {alone:.4f} s for an image alone, {in_batch:.4f} s in a batch")
     pictures.save_png(output / "grid.png", sheets[0])
     if args.compare_steps:
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
     save_film_and_order(output, model, decoder, variants[0], labels, args.num_per_class)
     write_json(output / RECORD, {**record, "seconds_per_image": timings})
-    print(f"{'':16}{'steps':>6}{'s, one image alone':>20}{'s/image in a batch':>20}")
-    for timing in timings:
-        print(f"{timing['name']:16}{timing['steps']:6d}{timing['alone']:20.4f}{timing['in_batch']:20.4f}")
-    if args.compare_steps:
-        ratios = [timings[1][k] / timings[0][k] for k in ("alone", "in_batch")]
-        print(f"{'ratio':22}{ratios[0]:19.1f}x{ratios[1]:19.1f}x")
     print(f"pictures: {output}/grid.png, order.png, film.gif")
 
 

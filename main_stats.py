@@ -8,7 +8,7 @@ Takes an image folder (ADM's centre crop) or images in an .npz, as ADM stores th
 VIRTUAL_*.npz have mu and sigma, of the whole training set: these are kept, and --fid_stats reads them itself.
 """
 
-import util as util  # isort: skip
+from util import cli  # isort: skip
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from engine.features import EXTRACTORS, make_extractor
 from engine.metrics import RunningStatistics, load_statistics, save_statistics
-from util import cli, distributed
+from util import distributed
 from util.files import map_array, read_arrays
 from util.images import image_loader, in_order, readable_pixels
 
@@ -101,7 +101,8 @@ def known_statistics(args):
 def gather_statistics(world, n, batches, extractor, save_features):
     """Statistics over all processes and, if asked for, the features in image order; rank 0 has them all."""
     own = np.array_split(np.arange(n), world.size)[world.rank]
-    running, features = RunningStatistics(extractor.num_features), [torch.empty(0, extractor.num_features)]
+    running = RunningStatistics(extractor.num_features)
+    features = [torch.empty(0, extractor.num_features)]
     with tqdm(total=len(own), unit="img", disable=not world.is_main, mininterval=1) as progress:
         for images in batches(own):
             found = extractor(images.to(world.device))["features"].cpu()

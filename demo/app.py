@@ -6,6 +6,7 @@
 It listens on this machine only, unless --host says otherwise.
 """
 
+from util import cli  # isort: skip
 import os
 import socket
 import sys
@@ -26,7 +27,6 @@ from engine.fast import for_inference
 from engine.generate import default_steps, load_pair
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import ORDER_KINDS
-from util import cli
 from util.device import choose_device
 
 MAX_UPLOAD = "8mb"  # of a file; its pixels are limited by util.images.MAX_PIXELS
@@ -42,7 +42,7 @@ def parse_args(argv=None):
         pretrained_ckpt=SHIPPED / "lpd.safetensors", vqgan_path=SHIPPED / "tokenizer.safetensors"
     )
     cli.add_class_names_flag(parser)
-    parser.add_argument("--device", default="auto", help="auto is a GPU if there is one")
+    cli.add_device_flag(parser)
     parser.add_argument("--compile", action="store_true", help="compile the decoder of images, on a GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=cli.number(int, 1, 65535), default=7860)
@@ -53,10 +53,7 @@ def load(args):
     """The Session of the weights that the flags name, checked."""
     device = choose_device(args.device)
     model, tokenizer, info = load_pair(args.pretrained_ckpt, args.vqgan_path, args.model)
-    cli.check_stated(
-        args, vqgan_vocab_size=tokenizer.config.vocab_size, vqgan_stride=tokenizer.config.stride,
-        img_size=model.config.grid_size * tokenizer.config.stride,
-    )
+    cli.check_weights(args, model.config, tokenizer.config)
     names = tuple(cli.class_names(args, model.config.num_classes, info))
     about = describe(args.pretrained_ckpt, model, tokenizer)  # before the model is repacked
     return Session(*for_inference(model, tokenizer, device, compiled=args.compile), names, device, about)

@@ -76,11 +76,8 @@ class Session:
                 raise ValueError(f"{name} is {value}, not in {least}..{most}")
 
     def picture(self, path):
-        """An uploaded image, centre-cropped to the weights' size: uint8 [S, S, 3].
-
-        Raises:
-            ValueError: no image, or too large; the message does not reveal where the file lies.
-        """
+        """An uploaded image, centre-cropped to the weights' size: uint8 [S, S, 3]. Raises ValueError: no
+        image, or too large; the message does not reveal where the file lies."""
         try:
             return center_crop(read_image(path, size=self.side), self.side)
         except UnreadableImage as error:

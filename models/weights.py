@@ -42,11 +42,8 @@ class Inert:
 
 def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
     """The local path of a file, of the weights in a folder (an export, a run, or one file of any name), or of
-    `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached.
-
-    Raises:
-        ValueError: no such name, a file with another suffix, or several. OSError: it is not there.
-    """
+    `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached. Raises ValueError:
+    no such name, a file with another suffix, or several. OSError: it is not there."""
     if str(name).startswith("hf://"):
         return _find_on_hub(str(name), suffixes, revision)
     path = Path(name)
@@ -160,11 +157,8 @@ def _pick_weights(tensors, kinds, path):
 
 def read_pth(path):
     """The dict in a `.pth` file, on the CPU. Objects of classes in HARMLESS are `Inert`, others are refused.
-
-    Raises:
-        ValueError: truncated, damaged (torch.load compares no checksums; this does), or with code inside.
-        OSError: the file cannot be opened.
-    """
+    Raises ValueError: truncated, damaged (torch.load compares no checksums; this does), or with code inside.
+    OSError: the file cannot be opened."""
     inert = [(Inert, f"{module}.{name}") for module in HARMLESS for name in HARMLESS[module].split()]
     inert.append((lambda *_: {}, "collections.defaultdict"))  # may hold weights
     with reading(path, "checkpoint"), open(path, "rb") as file, torch.serialization.safe_globals(inert):
@@ -182,7 +176,7 @@ def read_pth(path):
 
 
 def strip(path):
-    """Write the tensors of a `.pth` file alone into PATH.plain.pth. Reading it runs the code that it holds."""
+    """Write the tensors of a `.pth` file alone into PATH.plain.pth. Code in the file runs."""
     content = torch.load(path, "cpu", weights_only=False)
     content = content.state_dict() if isinstance(content, torch.nn.Module) else content
     torch.save(dict(_tensors(content)), f"{path}.plain.pth")
@@ -207,11 +201,8 @@ def _reason(error):
 
 
 def load_state(model, state, path):
-    """`load_state_dict(strict=True)` whose error is one line naming the file.
-
-    Raises:
-        ValueError: keys or shapes differ, or a weight is not finite.
-    """
+    """`load_state_dict(strict=True)` whose error is one line naming the file. Raises ValueError: keys or
+    shapes differ, or a weight is not finite."""
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:

@@ -8,7 +8,6 @@ and tokenizers; the card states only what the checkpoint records.
 
 import dataclasses
 import re
-from pathlib import Path
 
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQModel
@@ -90,8 +89,7 @@ def main(argv=None):
     cli.required(args, "checkpoint", "output_dir")
     if args.license and not re.fullmatch(r"[a-z0-9.-]+", args.license):
         raise cli.UsageError(f"--license {args.license!r} is not an identifier such as apache-2.0")
-    cli.prepare_output(args, CONFIG)
-    folder = Path(args.output_dir)
+    folder = cli.prepare_output(args, CONFIG)
     with cli.checking("--checkpoint: "):
         path = find(args.checkpoint)
         state, info = read_weights(path, VQModel, LPD)

@@ -7,6 +7,7 @@ DATA has CLASS/IMAGE, or train/ and val/ with such folders. What was chosen is k
 same command again resumes, and one for other images or another time needs another OUTPUT.
 """
 
+from util import cli  # isort: skip
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from engine import train, train_tokenizer
 from models.lpd import LPD_CONFIGS
 from models.vqgan import VQConfig
 from orders.schedule import training_steps
-from util import cli, folders
+from util import folders
 from util.device import choose_device, is_cuda, synchronize
 from util.distributed import STOP_SIGNALS, World, say
 from util.files import read_json, refuse_changes, write_json
@@ -60,10 +61,7 @@ def choose(num_images, device):
         "multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "z_channels": 64, "batch_size": 16 if few else 64,
         "lr": 1e-3,
     }
-    lpd = {
-        "model": model, "batch_size": 32 if few else 64, "lr": rate, "lr_schedule": "cosine",
-    }
-    return tokenizer, lpd
+    return tokenizer, {"model": model, "batch_size": 32 if few else 64, "lr": rate, "lr_schedule": "cosine"}
 
 
 # How long a step takes here.
@@ -101,11 +99,6 @@ def lpd_step(tokenizer, flags, bf16, device):
     return lambda: train.train_step(state, state.model.loss, world, 1, iter([(tokens, labels)]))
 
 
-def faster_precision(make_step, device):
-    """The seconds of a step in the faster of float32 and bfloat16, and whether that is bfloat16."""
-    return min((seconds(make_step(bf16), device), bf16) for bf16 in (True, False))
-
-
 # The recipe: a dict of program -> flags.
 
 
@@ -121,7 +114,7 @@ def recipe(args, folder, device):
         ("tokenizer", tokenizer, lambda bf16: tokenizer_step(tokenizer, bf16, device), reading),
         ("lpd", lpd, lambda bf16: lpd_step(tokenizer, lpd, bf16, device), 0),
     ):
-        step, flags["bf16"] = faster_precision(make_step, device)
+        step, flags["bf16"] = min((seconds(make_step(bf16), device), bf16) for bf16 in (True, False))
         epoch = OVERHEAD * n * (step / flags["batch_size"] + extra)
         fitting = round(60 * args.minutes * shares[name] / epoch)
         flags["epochs"] = min(MOST_EPOCHS[name], max(1, fitting))
@@ -142,15 +135,6 @@ def made_for(args, folder):
         "minutes": args.minutes, "no_mirror": args.no_mirror, "images": len(folder),
         "names_digest": names_digest(folder.names),
     }
-
-
-def kept_or_new(args, folder, device, path):
-    """The recipe of an earlier call, which must have been for the same images and time, or a new one."""
-    if not path.exists():
-        return recipe(args, folder, device)
-    flags = read_json(path)
-    refuse_changes(path, flags.get("made_for"), made_for(args, folder), "give another OUTPUT")
-    return flags
 
 
 def commands(args, flags):
@@ -178,18 +162,6 @@ def words(flags):
             values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
             line += [f"--{name}", *map(str, values)]
     return line
-
-
-def wrapped(line, width=100):
-    """A command line for people, broken with backslashes before flags."""
-    lines = [f"python {line[0]}"]
-    for word in shlex.join(line[1:]).split(" --"):
-        part = word if word.startswith("--") else f"--{word}"
-        if len(lines[-1]) + len(part) > width:
-            lines[-1] += " \\"
-            lines.append("   ")
-        lines[-1] += f" {part}"
-    return "\n".join(lines)
 
 
 def run_program(line):
@@ -225,11 +197,12 @@ def main(argv=None):
         train_images, held_out = folders.split_folder(args.data)
         left_out = train_images.left_out
         say(folders.summary(args.data, train_images.class_names, train_images, held_out, left_out))
-        flags = kept_or_new(args, train_images, device, kept)
+        flags = read_json(kept) if kept.exists() else recipe(args, train_images, device)
+        refuse_changes(kept, flags.get("made_for"), made_for(args, train_images), "give another OUTPUT")
     if not args.dry_run:
         write_json(kept, flags)
     for line in commands(args, flags):
-        print(f"\n{wrapped(line)}\n", flush=True)
+        print("\npython", shlex.join(line).replace(" --", " \\\n    --"), end="\n\n", flush=True)
         if not args.dry_run and (status := run_program(line)):
             sys.exit(status if status > 0 else 128 - status)
     if not args.dry_run:

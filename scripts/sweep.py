@@ -7,7 +7,6 @@ The command after `--`, which may begin with torchrun, runs once for every combi
 resume, run the same again: main_lpd.py returns at once where its result exists.
 """
 
-import csv
 import itertools
 import os
 import statistics
@@ -19,7 +18,7 @@ import main_lpd
 from orders.lpd_order import ORDER_KINDS
 from scripts.cli.job import run_command
 from util import cli
-from util.files import atomic, read_json
+from util.files import read_json, write_csv
 from util.pictures import save_curves
 
 FLAGS = {  # setting in a result -> flag of main_lpd.py
@@ -130,13 +129,6 @@ def table(rows):
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def write_csv(path, rows):
-    with atomic(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def plot(path, rows):
     """Plot the Frechet distance (else the first metric) against the number of steps where it varies, else
     against the guidance scale; a curve per order, spreads as bars."""
@@ -148,7 +140,6 @@ def plot(path, rows):
         if row["num_images"] == num_images:  # the final evaluation is not comparable with the other points
             point = row[axis], row[metric], row[f"{metric}_spread"] or 0.0
             curves[f"{row['order']}, {other} {row[other]:g}"].append(point)
-    curves = {name: tuple(zip(*points, strict=True)) for name, points in curves.items()}
     label = f"{HEADS.get(metric, metric.replace('_', ' '))},\n{num_images} images"
     save_curves(path, curves, xlabel="guidance scale" if axis == "cfg" else "steps", ylabel=label)
 

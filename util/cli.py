@@ -269,12 +269,10 @@ def required(args, *names):
 
 
 def existing_file(flag, path):
-    """The path, if it is a readable file."""
+    """The path, if it is a file."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{flag}: no such file: {path}")
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{flag}: file cannot be read: {path}")
     return path
 
 
@@ -304,17 +302,18 @@ def writable_folder(flag, path):
 
 
 def prepare_output(args, record):
-    """Refuse a non-empty --output_dir; with --overwrite, clear the images of an earlier run of the program,
-    which the file `record` identifies."""
+    """The --output_dir as a Path: empty or new; with --overwrite, an earlier run's of the program, which the
+    file `record` identifies, without its images."""
     folder = writable_folder("--output_dir", args.output_dir)
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return folder
     if not args.overwrite:
         raise UsageError(f"--output_dir {folder} is not empty: give another or --overwrite")
     if not (folder / record).exists():
         raise UsageError(f"--output_dir {folder} has no {record}: another program's, not overwritten")
     for images in folder.glob("images*"):
         shutil.rmtree(images)
+    return folder
 
 
 def check_stated(args, **actual):
@@ -323,6 +322,12 @@ def check_stated(args, **actual):
         stated = getattr(args, name, None)
         if stated not in (None, value):
             raise UsageError(f"--{name} is {stated}, the weights or data have {value}")
+
+
+def check_weights(args, model, tokenizer):
+    """Refuse a flag that contradicts these configs of a generator and its tokenizer."""
+    size = model.grid_size * tokenizer.stride
+    check_stated(args, vqgan_vocab_size=tokenizer.vocab_size, vqgan_stride=tokenizer.stride, img_size=size)
 
 
 def class_names(args, num_classes, info):
@@ -345,10 +350,7 @@ def plain_name(name):
 
 def find_class(flag, text, names):
     """The label of a class given by its name, its name without a leading number, or its index; a name wins.
-
-    Raises:
-        ValueError: no such class, or several.
-    """
+    Raises ValueError: no such class, or several."""
     text, *names = (unicodedata.normalize("NFC", name) for name in (text, *names))  # macOS splits accents off
     plain = [plain_name(name) for name in names]
     index = int(text) if text.isdecimal() and int(text) < len(names) else None

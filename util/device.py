@@ -10,12 +10,8 @@ COPIES = ("SLURM_STEP_NUM_TASKS", "NNODES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE") 
 
 
 def choose_device(name="auto", local_rank=0):
-    """A torch device by name; auto takes a GPU if there is one.
-
-    Raises:
-        ValueError: no such name, or copies of this process would do the same work.
-        OSError: this machine lacks the device (ENODEV).
-    """
+    """A torch device by name; auto takes a GPU if there is one. Raises ValueError: no such name, or copies of
+    this process would do the same work. OSError: this machine lacks the device (ENODEV)."""
     refuse_copies()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, JSON, arrays, digests, and the owner of a run folder."""
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -77,10 +78,7 @@ def _remove_leftovers(path):
 @contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds, else removed.
-
-    Raises:
-        FolderInUse: as `check_owner`.
-    """
+    Raises FolderInUse: as `check_owner`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -114,10 +112,8 @@ def sole_writer(folder):
 
     The kernel holds the lock and releases it however this process ends. Machines that share the folder share
     the lock if its file system has POSIX locks (NFS; Lustre mounted with `flock`). A later attempt of a SLURM
-    job takes the folder over from an earlier one, whose machine was cut off; see `check_owner`.
-
-    Raises:
-        FolderInUse: another program holds it; the message names it.
+    job takes the folder over from an earlier one, whose machine was cut off; see `check_owner`. Raises
+    FolderInUse: another program holds it; the message names it.
     """
     folder, me = Path(folder).resolve(), _this_process()
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,10 +167,7 @@ def _owner_of(folder):
 
 def check_owner(path):
     """Refuse to write `path` into a folder that another process has taken over from this, its sole writer.
-
-    Raises:
-        FolderInUse: the message names both processes.
-    """
+    Raises FolderInUse: the message names both processes."""
     for folder in _holds(path):
         me, owner = _held[folder], _owner_of(folder)
         if not owner:
@@ -194,12 +187,17 @@ def write_json(path, value):
         partial.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path):
-    """The value of a JSON file.
+def write_csv(path, rows):
+    """Write dicts with the same keys as a table, atomically."""
+    with atomic(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
-    Raises:
-        ValueError: not JSON; the message names the file. OSError: it cannot be opened.
-    """
+
+def read_json(path):
+    """The value of a JSON file. Raises ValueError: not JSON; the message names the file. OSError: it cannot
+    be opened."""
     with reading(path, "JSON"):
         return json.loads(Path(path).read_text())
 
@@ -218,50 +216,35 @@ def file_digest(path):
 def refuse_changes(path, saved, now, remedy):
     """Refuse to continue `path` with other settings than it was made with.
 
-    `saved` and `now` are dicts of plain values, possibly nested; only keys of `now` count.
-
-    Raises:
-        ValueError: naming the fields that differ, with both values, and the remedy.
+    `saved` and `now` are dicts of plain values, possibly nested; only keys of `now` count. Raises ValueError:
+    naming the fields that differ, with both values, and the remedy.
     """
-    found = _differences("", _plain(saved), _plain(now))
-    changes = [f"{name} {_short(before)}, now it is {_short(value)}" for name, before, value in found]
+    before, after = (dict(_parts(json.loads(json.dumps(value, default=str)))) for value in (saved, now))
+    changes = [
+        f"{name} {str(before.get(name))[:SHOWN]}, now it is {str(value)[:SHOWN]}"
+        for name, value in after.items() if before.get(name) != value
+    ]
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ValueError(f"{path} was made with {'; '.join(changes[:3])}{more}: {remedy}")
 
 
-def _plain(value):
-    return json.loads(json.dumps(value, default=str))
-
-
-def _differences(name, saved, now):
-    """(name, before, now) of each field that differs. Of two dicts, and of two lists too long to be shown,
-    these are their parts."""
-    if isinstance(now, dict):
-        for key, value in now.items():
-            before = saved.get(key) if isinstance(saved, dict) else None
-            yield from _differences(f"{name}.{key}" if name else key, before, value)
-    elif saved != now:
-        lists = isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now)
-        if lists and len(str(now)) > SHOWN:
-            for i, pair in enumerate(zip(saved, now, strict=True)):
-                yield from _differences(f"{name}[{i}]", *pair)
-        else:
-            yield name, saved, now
-
-
-def _short(value):
-    text = str(value)
-    if len(text) <= SHOWN:
-        return text
-    return f"{len(value)} values" if isinstance(value, (list, dict)) else text[:SHOWN]
+def _parts(value, name=""):
+    """(dotted name, value) of whatever is in nested dicts, and in the lists that are too long to be shown."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _parts(part, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and len(str(value)) > SHOWN:
+        yield name, f"{len(value)} values"
+        for i, part in enumerate(value):
+            yield from _parts(part, f"{name}[{i}]")
+    else:
+        yield name, value
 
 
 def read_arrays(path, keys, optional=()):
     """Arrays of an `.npz` as a dict: `keys`, and those of `optional` that it has. Nothing in it is executed.
-
-    Raises:
-        ValueError: damaged, or an array is missing; the message names the file. OSError: cannot be opened.
+    Raises ValueError: damaged, or an array is missing; the message names the file. OSError: cannot be opened.
     """
     with reading(path, ".npz"), np.load(path, allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in (*keys, *(key for key in optional if key in archive.files))}
@@ -272,11 +255,8 @@ def read_arrays(path, keys, optional=()):
 
 
 def map_array(path, key):
-    """An array of an `.npz`, memory-mapped if it is stored uncompressed (numpy.savez), else loaded.
-
-    Raises:
-        ValueError, OSError: as `read_arrays`.
-    """
+    """An array of an `.npz`, memory-mapped if it is stored uncompressed (numpy.savez), else loaded. Raises
+    ValueError, OSError: as `read_arrays`."""
     with reading(path, f"array {key}"), zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         if entry.compress_type != zipfile.ZIP_STORED:

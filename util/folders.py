@@ -178,11 +178,8 @@ def _told(unused):
 
 
 def list_images(root, reading=Reading(), endings=EXTENSIONS):
-    """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out.
-
-    Raises:
-        ValueError: no images in sub-folders, or sub-folders that are not classes.
-    """
+    """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out. Raises
+    ValueError: no images in sub-folders, or sub-folders that are not classes."""
     root = Path(root)
     found = once(lambda: list_files(root, endings))
     if any(parts := _train_and_val(root, found)):
@@ -195,10 +192,7 @@ def split_folder(path, val_fraction=None, reading=Reading()):
 
     These are PATH/train and PATH/val, or as PARTS spells them. If no image of val is in a class of train,
     `held_out` splits PATH/train, or PATH; `val_fraction` is as in `val_fraction_of`. The second is None if
-    nothing is held out.
-
-    Raises:
-        ValueError: no images in classes, or folders that may be meant in two ways.
+    nothing is held out. Raises ValueError: no images in classes, or folders that may be meant in two ways.
     """
     path = Path(path)
     found = once(lambda: list_files(path, EXTENSIONS))
@@ -235,18 +229,15 @@ def val_fraction_of(stated, published):
 # What is in a folder.
 
 
-def class_counts(class_names, labels, most=20):
-    """A line with the number of images of each class; of more than `most` classes only the extremes."""
+def listing(head, class_names, labels, left_out=(), most=20):
+    """Lines for the start of a program: `head`, the classes with their counts (of more than `most` classes
+    only the extremes), and what was left out."""
     counts = np.bincount(labels, minlength=len(class_names))
-    if len(class_names) <= most:
-        return ", ".join(f"{name} {count}" for name, count in zip(class_names, counts, strict=True))
-    few, many = counts.argmin(), counts.argmax()
-    return f"from {counts[few]} ({class_names[few]}) to {counts[many]} ({class_names[many]}) in each"
-
-
-def listing(head, class_names, labels, left_out=()):
-    """Lines for the start of a program: `head`, the classes with their counts, and what was left out."""
-    lines = [f"{head}; {len(class_names)} classes", f"  {class_counts(class_names, labels)}"]
+    each = [f"{name} {count}" for name, count in zip(class_names, counts, strict=True)]
+    if len(each) > most:
+        few, many = counts.argmin(), counts.argmax()
+        each = [f"from {counts[few]} ({class_names[few]}) to {counts[many]} ({class_names[many]}) in each"]
+    lines = [f"{head}; {len(class_names)} classes", f"  {', '.join(each)}"]
     return "\n".join(lines + [f"  left out: {', '.join(left_out)}"] * bool(left_out))
 
 

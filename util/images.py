@@ -81,11 +81,8 @@ def _managed(image):
 
 def read_image(path, *, size=1, reading=Reading()):
     """An image file as a PIL image of mode RGB, to be cropped to that size; of an animation, the first frame.
-
-    Raises:
-        UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
-        OSError: the machine could not read the file, also when asked again after PAUSES.
-    """
+    Raises UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
+    OSError: the machine could not read the file, also when asked again after PAUSES."""
     for pause in (*PAUSES, None):
         try:
             return _decode(Path(path).read_bytes(), size, reading)

@@ -67,10 +67,10 @@ def side_by_side(sheets, *, gap=24):
     return np.concatenate(padded, axis=1)
 
 
-def save_film(path, frames, *, seconds=0.15, last=2.0):
-    """Write frames (uint8 [H, W, 3] each) as a looping GIF; the last one stays for `last` seconds."""
+def save_film(path, frames):
+    """Write frames (uint8 [H, W, 3] each) as a looping GIF of 3 seconds; the last one stays for 2 more."""
     frames = [Image.fromarray(np.asarray(frame)).quantize(128) for frame in frames]
-    durations = [int(1000 * seconds)] * (len(frames) - 1) + [int(1000 * last)]
+    durations = [max(60, 3000 // len(frames))] * (len(frames) - 1) + [2000]
     with atomic(path) as partial:
         frames[0].save(
             partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
@@ -78,12 +78,12 @@ def save_film(path, frames, *, seconds=0.15, last=2.0):
 
 
 def save_curves(path, curves, *, xlabel, ylabel):
-    """Plot curves, a dict of name -> (xs, ys) or (xs, ys, error bars)."""
+    """Plot curves, a dict of name -> points (x, y) or (x, y, length of the error bar)."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(6, 3.5)).subplots()
-    for name, (xs, ys, *bars) in curves.items():
-        axes.errorbar(xs, ys, *bars, label=name, linewidth=1, capsize=2)
+    for name, points in curves.items():
+        axes.errorbar(*zip(*points, strict=True), label=name, linewidth=1, capsize=2)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()

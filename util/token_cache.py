@@ -70,11 +70,8 @@ class CacheMeta:
 
     @staticmethod
     def read(path):
-        """Read `meta.json` or `plan.json`.
-
-        Raises:
-            ValueError: not JSON, another format, or fields missing or unknown.
-        """
+        """Read `meta.json` or `plan.json`. Raises ValueError: not JSON, another format, or fields missing or
+        unknown."""
         try:
             values = read_json(path)
             lists = {name: tuple(values[name]) for name in ("class_names", "unreadable")}
@@ -96,11 +93,8 @@ def _shard_file(folder, shard, kind):
 
 
 class CacheWriter:
-    """Writes a token cache shard by shard; continues where an earlier run was killed.
-
-    Raises:
-        ValueError: the folder holds a cache of something else.
-    """
+    """Writes a token cache shard by shard; continues where an earlier run was killed. Raises ValueError: the
+    folder holds a cache of something else."""
 
     def __init__(self, folder, meta):
         self.folder, self.meta = Path(folder), meta
@@ -119,8 +113,8 @@ class CacheWriter:
 
     def missing_shards(self):
         """Numbers of the shards that are not complete."""
-        done = [_shard_file(self.folder, s, "labels.npy").exists() for s in range(self.meta.num_shards)]
-        return [shard for shard, complete in enumerate(done) if not complete]
+        shards = range(self.meta.num_shards)
+        return [shard for shard in shards if not _shard_file(self.folder, shard, "labels.npy").exists()]
 
     def shard_range(self, shard):
         """Indices of the images of a shard."""
@@ -137,17 +131,19 @@ class CacheWriter:
 
     def finish(self, names):
         """Mark the cache complete, listing those of all `names` that are not in it."""
-        stored = set()
-        for shard in range(self.meta.num_shards):
-            stored.update(_read_names(_shard_file(self.folder, shard, "names.json")))
-        unreadable = sorted(set(names) - stored)
+        unreadable = sorted(set(names) - set(_read_names(self.folder, self.meta)))
         write_json(self.folder / "meta.json", {**self.meta.as_json(), "unreadable": unreadable})
 
 
-def _read_names(path):
-    names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DamagedCache(f"{path} is not a list of image names")
+def _read_names(folder, meta):
+    """The names of all shards."""
+    names = []
+    for shard in range(meta.num_shards):
+        path = _shard_file(folder, shard, "names.json")
+        found = read_json(path)
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise DamagedCache(f"{path} is not a list of image names")
+        names += found
     return names
 
 
@@ -183,15 +179,14 @@ class TokenCache:
         tokens = [_map_shard(path, np.uint16, tail) for path in paths]
         labels = [_map_shard(_shard_file(folder, s, "labels.npy"), np.int32, ()) for s in shards]
         self.labels = np.concatenate(labels).astype(np.int64)
-        sizes, expected = [len(part) for part in tokens], meta.num_images - len(meta.unreadable)
-        if sum(sizes) != expected or len(self.labels) != expected:
-            raise ValueError(
-                f"{folder}: {sum(sizes)} images, {len(self.labels)} labels; meta.json says {expected}"
-            )
+        images, labels = sum(len(part) for part in tokens), len(self.labels)
+        expected = meta.num_images - len(meta.unreadable)
+        if not images == labels == expected:
+            raise ValueError(f"{folder}: {images} images, {labels} labels; meta.json says {expected}")
         if not 0 <= self.labels.min() <= self.labels.max() < len(meta.class_names):
             raise ValueError(f"{folder}: a label outside 0..{len(meta.class_names) - 1}")
-        self._starts = np.cumsum([0, *sizes])
         rows = [part.reshape(-1, meta.num_tokens) for part in tokens]  # per shard [2N, L]
+        self._starts = np.cumsum([0, *map(len, rows)])
         self._shards = [(path, path.stat().st_size, part) for path, part in zip(paths, rows, strict=True)]
 
     def __len__(self):
@@ -200,44 +195,28 @@ class TokenCache:
     @cached_property
     def names(self):
         """Relative image names."""
-        shards = range(self.meta.num_shards)
-        names = [name for s in shards for name in _read_names(_shard_file(self.folder, s, "names.json"))]
+        names = _read_names(self.folder, self.meta)
         if len(names) != len(self):
             raise DamagedCache(f"{self.folder}: {len(names)} names of {len(self)} images")
         return names
 
     def tokens(self, indices, views):
-        """Tokens of images, int64 [n, L]; view 1 is the mirrored image.
-
-        Raises:
-            DamagedCache: a token outside the vocabulary; a GPU would only report an assertion.
-        """
-        indices, views = np.asarray(indices), np.asarray(views)
-        _check_range("index", indices, len(self))
-        _check_range("view", views, 2)
-        by_shard = np.argsort(indices)
-        shards = np.searchsorted(self._starts, indices[by_shard], side="right") - 1
-        rows = 2 * (indices[by_shard] - self._starts[shards]) + views[by_shard]
-        stored = np.empty((len(indices), self.meta.num_tokens), dtype=np.uint16)
-        cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(indices)]
-        for start, end in zip(cuts, cuts[1:], strict=False):
-            if start < end:  # mode "clip" reads straight into `out`; the ranges were checked above
-                path, size, part = self._shards[shards[start]]
-                if path.stat().st_size != size:  # a read beyond the end is a signal that ends the process
-                    raise DamagedCache(f"{path} has changed its size while it is read")
-                part.take(rows[start:end], axis=0, out=stored[start:end], mode="clip")
-        if stored.max(initial=0) >= self.meta.vocab_size:
-            raise DamagedCache(
-                f"{self.folder}: token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
-            )
-        tokens = np.empty(stored.shape, dtype=np.int64)
-        tokens[by_shard] = stored
+        """Tokens of images, int64 [n, L]; view 1 is the mirrored image. Raises DamagedCache: a token outside
+        the vocabulary; a GPU would only report an assertion. ValueError: an index or view out of range."""
+        both = np.asarray(indices, np.int64), np.asarray(views, np.int64)
+        rows = np.ravel_multi_index(both, (len(self), 2))
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        tokens = np.empty((len(rows), self.meta.num_tokens), dtype=np.int64)
+        for shard in np.unique(shards):
+            path, size, part = self._shards[shard]
+            if path.stat().st_size != size:  # a read beyond the end is a signal that ends the process
+                raise DamagedCache(f"{path} has changed its size while it is read")
+            here = shards == shard
+            tokens[here] = part[rows[here] - self._starts[shard]]
+        if tokens.max(initial=0) >= self.meta.vocab_size:
+            most = f"token {tokens.max()}, meta.json says {self.meta.vocab_size} codes"
+            raise DamagedCache(f"{self.folder}: {most}")
         return tokens
-
-
-def _check_range(what, values, end):
-    if len(values) and not 0 <= values.min() <= values.max() < end:
-        raise IndexError(f"{what} {values.min()}..{values.max()} outside 0..{end - 1}")
 
 
 class MarCache:
@@ -321,11 +300,8 @@ class Subset:
 
 def split_cache(cache, val_fraction=None):
     """The training images of a token cache and those held out, as `split_folder` splits the image folder: the
-    cache and its val/ if it has one, else by `held_out`. The second is None if nothing is held out.
-
-    Raises:
-        ValueError: val/ is incomplete, damaged, or not of the same tokenizer, classes and reading.
-    """
+    cache and its val/ if it has one, else by `held_out`. The second is None if nothing is held out. Raises
+    ValueError: val/ is incomplete, damaged, or not of the same tokenizer, classes and reading."""
     if isinstance(cache, TokenCache) and (cache.folder / "val").is_dir():
         val = TokenCache(cache.folder / "val")
         own = ("num_images", "shard_size", "names_digest", "unreadable")

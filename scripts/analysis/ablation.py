@@ -7,6 +7,7 @@ each sees those before it. Initial weights, data and random draws are the same, 
 Compared are bits of held-out images, paired.
 """
 
+from util import cli  # isort: skip
 import dataclasses
 from functools import lru_cache, partial
 
@@ -21,7 +22,6 @@ from models.masks import training_mask
 from orders.lpd_order import ORDER_KINDS, make_orders
 from orders.schedule import cosine_group_sizes, training_steps
 from scripts.analysis import images
-from util import cli
 from util.device import choose_device
 from util.distributed import World
 from util.files import write_json
@@ -29,6 +29,7 @@ from util.pictures import save_curves
 from util.token_cache import open_token_cache, split_cache
 
 VARIANTS = ("each other", "context only", "those before")
+
 
 def parse_args(argv=None):
     parser = cli.Parser(description="What queries see of one another")
@@ -120,7 +121,6 @@ def main(argv=None):
             curves.setdefault(variant, []).append((steps, mean, error))
             print(f"{variant:>14} {steps:4d} steps: {bits.mean():7.1f} bits, {mean:+6.2f} ± {error:.2f}")
     write_json(folder / "ablation.json", {**vars(args), "rows": rows})
-    curves = {name: tuple(zip(*points, strict=True)) for name, points in curves.items()}
     label = f"bits an image more than queries\nthat see each other, {args.num_images} images"
     save_curves(folder / "ablation.png", curves, xlabel="steps", ylabel=label)
 

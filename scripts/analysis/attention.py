@@ -5,6 +5,7 @@
 The paper's figures 2 and 7, on held-out images in random orders: all distances are seen equally early.
 """
 
+from util import cli  # isort: skip
 import math
 
 import numpy as np
@@ -15,7 +16,6 @@ from models.lpd import LPD, Execution
 from orders.lpd_order import random_orders
 from orders.schedule import cosine_group_sizes
 from scripts.analysis import images
-from util import cli
 from util.device import choose_device
 from util.files import atomic, write_json
 

@@ -7,7 +7,6 @@ Every combination is measured once and kept in OUT; to resume, run the same agai
 processes share the combinations. There is no guidance: it defines no likelihood.
 """
 
-import csv
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from models.weights import state_digest
 from orders.lpd_order import ORDER_KINDS
 from scripts.analysis import images
 from util import cli, distributed
-from util.files import atomic, read_arrays, read_json, refuse_changes, value_digest, write_json
+from util.files import atomic, read_arrays, read_json, refuse_changes, value_digest, write_csv, write_json
 from util.pictures import save_curves
 
 
@@ -140,14 +139,6 @@ def print_table(rows):
         print(f"{row['rule']:>16} {row['steps']:5d} " + " ".join(cells))
 
 
-def write_table(folder, rows):
-    write_json(Path(folder, "likelihood.json"), rows)
-    with atomic(Path(folder, "likelihood.csv")) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def by_position(bits, orders):
     """Mean bits of each raster position, [g, g], from bits and orders [n, L]."""
     raster = np.empty_like(bits)
@@ -160,9 +151,8 @@ def draw(folder, rows, settings):
     from matplotlib.figure import Figure
 
     curves = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["steps"]):
         curves.setdefault(row["rule"], []).append((row["steps"], row["price"], row["price_error"]))
-    curves = {rule: tuple(zip(*sorted(points), strict=True)) for rule, points in curves.items()}
     label = f"bits an image above the best\nsequential order, {rows[0]['images']} images"
     save_curves(Path(folder, "bits_by_steps.png"), curves, xlabel="steps", ylabel=label)
 
@@ -222,7 +212,8 @@ def main(argv=None):
             bits = {s: read_arrays(s.file(args.output_dir), ["bits"])["bits"] for s in needed}
             bits = {s: values.sum(axis=1, dtype=np.float64) for s, values in bits.items()}
             rows = summarise(settings, bits, num_tokens)
-            write_table(args.output_dir, rows)
+            write_json(Path(args.output_dir, "likelihood.json"), rows)
+            write_csv(Path(args.output_dir, "likelihood.csv"), rows)
             draw(args.output_dir, rows, settings)
             print_table(rows)
 

@@ -36,11 +36,8 @@ class Attempt:
         return cls(folder, os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
 
     def begin(self, machines):
-        """Record the start, and the end of earlier attempts that nothing was left to record.
-
-        Raises:
-            RuntimeError: MAX_LOST attempts in a row were lost without progress.
-        """
+        """Record the start, and the end of earlier attempts that nothing was left to record. Raises
+        RuntimeError: MAX_LOST attempts in a row were lost without progress."""
         for number in range(self.number):
             earlier = Attempt(self.folder, self.job_id, number)
             earlier.end(LOST, "its machine was lost, or SLURM queued the job again")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.cli.attempt import FAILED, FINISHED, LOST, TIME_LIMIT, Attempt
+from util.distributed import STOP_SIGNALS
 
 WRONG_USAGE, PEER_LOST = 2, 75
 PATIENCE = 30  # seconds that a machine which only lost others leaves to the one that failed
@@ -37,12 +38,6 @@ def _send(number, pid, kill=os.kill):
     return True
 
 
-def _ignore_user_signals():
-    """They would kill a shell; a program that handles them installs its own handlers."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-
 def run_command(command, environment=None, *, patience=0, output=None, directory=None):
     """Run a command in a process group of its own and forward the signals that this process gets to it.
 
@@ -62,13 +57,15 @@ def run_command(command, environment=None, *, patience=0, output=None, directory
         for pid in [pid for group in groups for pid in (*_descendants(group), group)]:
             _send(signal.SIGKILL, pid)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-    handlers = dict.fromkeys(numbers, forward)
-    handlers[signal.SIGALRM] = kill_all
+    def ignore_user_signals():  # they would kill a shell; a program that handles them has handlers of its own
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+    handlers = {**dict.fromkeys(STOP_SIGNALS, forward), signal.SIGALRM: kill_all}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         child = subprocess.Popen(
-            command, env=environment, cwd=directory, start_new_session=True, preexec_fn=_ignore_user_signals,
+            command, env=environment, cwd=directory, start_new_session=True, preexec_fn=ignore_user_signals,
             stdout=output, stderr=subprocess.STDOUT if output else None,
         )
         groups.append(child.pid)

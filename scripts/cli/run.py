@@ -11,6 +11,7 @@ logs in its folder `jobs`); scripts/common.sh turns them into one torchrun agent
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -33,15 +34,12 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 def minutes(text):
     """A time as SLURM writes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S) in minutes, rounded up."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of M, M:S, H:M:S, D-H, D-H:M, D-H:M:S")
-    days, *rest = (None if part is None else int(part) for part in match.groups())
-    parts = [part for part in rest if part is not None]
-    if days is None and len(parts) < 3:
-        parts.insert(0, 0)  # M and M:S have no hours
-    hours, mins, seconds = (parts + [0, 0])[:3]
-    total = -(-((((days or 0) * 24 + hours) * 60 + mins) * 60 + seconds) // 60)
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, mins, seconds = [*[0] * (not dash and len(parts) < 3), *parts, 0, 0][:3]
+    total = math.ceil((int(days or 0) * 24 + hours) * 60 + mins + seconds / 60)
     if not total:
         raise argparse.ArgumentTypeError(f"{text} is not a duration")
     return total

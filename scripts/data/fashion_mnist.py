@@ -1,5 +1,6 @@
 """Fashion-MNIST's four idx files -> an ImageNet-style folder of 32x32 grey PNGs."""
 
+from util import cli  # isort: skip
 import gzip
 import shutil
 import tempfile
@@ -9,8 +10,6 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
-
-from util import cli
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (  # the numbers keep the sorted folder names in the order of the labels

@@ -222,11 +222,10 @@ def test_changed_settings_are_refused_by_the_name_of_the_field(change, message):
         files.refuse_changes("run", SAVED, {**NOW, **change}, "give another folder")
 
 
-def test_json_has_lists_of_plain_values_on_one_line(tmp_path):
+def test_json_is_read_as_it_was_written(tmp_path):
     value = {"steps": [256, 128], "nested": [[1, 2], [{"a": []}]], "text": "[\n1,\n2]"}
     value["names"] = ["a [ 1 ].png", "cat [ big ]", "\udcff"]
     files.write_json(tmp_path / "a.json", value)
-    assert '"steps": [256, 128],' in (tmp_path / "a.json").read_text()
     assert files.read_json(tmp_path / "a.json") == value
 
 
