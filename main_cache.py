@@ -47,9 +47,7 @@ def describe(args, tokenizer, names, class_names, **how):
     config = tokenizer.config
     cli.check_stated(args, vqgan_vocab_size=config.vocab_size, vqgan_stride=config.stride)
     if args.img_size % config.stride:
-        raise ValueError(
-            f"--img_size {args.img_size} is not a multiple of the tokenizer's stride {config.stride}"
-        )
+        raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {config.stride}")
     return CacheMeta(
         img_size=args.img_size, grid_size=args.img_size // config.stride, vocab_size=config.vocab_size,
         class_names=tuple(class_names), tokenizer_digest=state_digest(tokenizer), num_images=len(names),
@@ -105,22 +103,15 @@ def encode(args):
         if args.bf16 and world.is_main:  # before the hours of encoding
             share, n = differing_share(encoder, tokenizer, parts[0][0], args.img_size, world.device)
             print(f"bf16: {share:.2%} of the tokens of {n} images differ from those of fp32")
+        how = {name: getattr(args, name) for name in ("batch_size", "num_workers", "skip_unreadable")}
         for folder, writer in missing:
-            errors += encode_part(args, encoder, folder, writer, world)
-    return errors
-
-
-def encode_part(args, encoder, folder, writer, world):
-    """Encode a folder into its token cache. Returns name and reason of the unreadable images."""
-    if world.is_main:
-        writer.begin()
-    distributed.barrier()
-    errors = encode_shards(
-        writer, encoder, folder, world, batch_size=args.batch_size, num_workers=args.num_workers,
-        skip_unreadable=args.skip_unreadable,
-    )
-    if world.is_main:
-        finish(writer, folder, errors, args.skip_unreadable)
+            if world.is_main:
+                writer.begin()
+            distributed.barrier()
+            found = encode_shards(writer, encoder, folder, world, **how)
+            if world.is_main:
+                finish(writer, folder, found, args.skip_unreadable)
+            errors += found
     return errors
 
 

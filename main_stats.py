@@ -77,12 +77,10 @@ def open_batch(args, world):
     """The images of --reference_batch, as `open_folder`."""
     array = map_array(args.reference_batch, "arr_0")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise ValueError(
-            f"--reference_batch: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n, H, W, 3]"
-        )
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"--reference_batch: arr_0 is {found}, not uint8 [n, H, W, 3]")
     size = array.shape[1]
-    if args.img_size not in (None, size):
-        raise ValueError(f"--img_size is {args.img_size}, {args.reference_batch} holds {size} px")
+    cli.check_stated(args, img_size=size)
 
     def batches(indices):
         for batch, _ in in_order(indices, args.batch_size):

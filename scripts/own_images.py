@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ REPO = Path(__file__).resolve().parents[1]
 FEW_IMAGES = 5000  # below: smaller steps, and a model that memorises less
 TOKENIZER_SHARE = 0.35  # of the time
 OVERHEAD = 1.2  # a run by its steps alone: data, validation, samples and checkpoints take the rest
+TOKENIZER_SIZES = ("vocab_size", "base_width", "multipliers", "num_res_blocks", "z_channels")
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more do not help
 
@@ -81,8 +82,8 @@ def seconds(step, device, least=3.0):
 
 def tokenizer_step(flags, bf16, device):
     """A function that takes a training step of the tokenizer on random pixels."""
-    names, size, batch = [field.name for field in fields(VQConfig)], flags["img_size"], flags["batch_size"]
-    model = VQConfig(**{name: value for name, value in flags.items() if name in names})
+    size, batch = flags["img_size"], flags["batch_size"]
+    model = VQConfig(**{name: flags[name] for name in TOKENIZER_SIZES})
     config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, warmup_steps=0)
     state = train_tokenizer.new_state(config, device)
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1

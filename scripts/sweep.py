@@ -56,9 +56,8 @@ def check(args):
     if args.final_images and not (several and given.fid_stats):
         raise cli.UsageError("--final_images needs --fid_stats and several settings: else there is no best")
     if args.final_images and args.final_images <= given.num_images:
-        raise cli.UsageError(
-            f"--final_images {args.final_images} is not more than --num_images {given.num_images}"
-        )
+        fewer = f"{args.final_images} is not more than --num_images {given.num_images}"
+        raise cli.UsageError(f"--final_images {fewer}")
 
 
 def evaluate(args, *values):
@@ -77,13 +76,10 @@ def evaluate(args, *values):
     raise cli.Failure(f"{args.given.output_dir} has no result of this evaluation")
 
 
-def is_frechet(metric):
-    """Whether a metric is a Frechet distance: FID, or the distance on other features."""
-    return metric == "fid" or metric.startswith("frechet_distance")
-
-
-def metrics_of(row):
-    return [name for name in row if f"{name}_spread" in row]
+def main_metric(row):
+    """The Frechet distance among a row's metrics (FID, or the distance on other features), else the first."""
+    metrics = [name for name in row if f"{name}_spread" in row]
+    return next((name for name in metrics if name == "fid" or "frechet_distance" in name), metrics[0])
 
 
 def summarise(results):
@@ -110,8 +106,7 @@ def summarise(results):
 
 def best_row(rows):
     """The row with the least mean Frechet distance."""
-    metric = next(filter(is_frechet, metrics_of(rows[0])))
-    return min(rows, key=lambda row: row[metric])
+    return min(rows, key=lambda row: row[main_metric(row)])
 
 
 def table(rows):
@@ -130,9 +125,9 @@ def table(rows):
 
 
 def plot(path, rows):
-    """Plot the Frechet distance (else the first metric) against the number of steps where it varies, else
-    against the guidance scale; a curve per order, spreads as bars."""
-    metric = next(filter(is_frechet, metrics_of(rows[0])), metrics_of(rows[0])[0])
+    """Plot the main metric against the number of steps where it varies, else against the guidance scale; a
+    curve per order, spreads as bars."""
+    metric = main_metric(rows[0])
     axis, other = ("steps", "cfg") if len({row["steps"] for row in rows}) > 1 else ("cfg", "steps")
     num_images = min(row["num_images"] for row in rows)
     curves = defaultdict(list)

@@ -144,10 +144,8 @@ def add_device_flags(parser):
     """--device and --num_workers."""
     add_device_flag(parser)
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # macOS cannot tell
-    cores = len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    parser.add_argument(
-        "--num_workers", type=number(int, 0), default=max(1, min(4, cores)), help="processes that read images"
-    )
+    workers = max(1, min(4, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    parser.add_argument("--num_workers", type=number(int, 0), default=workers, help="that read images")
 
 
 def colour(text):
@@ -182,11 +180,8 @@ def add_folder_flags(parser, *, split=True):
     add_reading_flags(parser)
     add("--skip_unreadable", action="store_true", help="leave unreadable images out")
     if split:
-        default = f"{folders.VAL_FRACTION}, with --published_reading 0"
-        add(
-            "--val_fraction", type=number(float, 0, 0.9),
-            help=f"share of the images held out if there is no DIR/val; default: {default}",
-        )
+        share = f"held out without DIR/val; default: {folders.VAL_FRACTION}, with --published_reading 0"
+        add("--val_fraction", type=number(float, 0, 0.9), help=share)
 
 
 def open_folders(args, img_size, world):
@@ -202,29 +197,24 @@ def open_folders(args, img_size, world):
 
 def add_timeout_flag(parser):
     """--timeout, for programs that run as several processes."""
-    parser.add_argument(
-        "--timeout", type=number(float, 0.01), default=10, help="minutes that a process waits for the others"
-    )
+    minutes = number(float, 0.01)
+    parser.add_argument("--timeout", type=minutes, default=10, help="minutes of waiting for other processes")
 
 
 def add_tokenizer_flags(parser):
     """--vqgan_path, and what may be stated of the tokenizer."""
-    parser.add_argument(
-        "--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors, folder, hf://owner/repo)"
-    )
-    parser.add_argument(
-        "--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's"
-    )
-    parser.add_argument("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's")
+    add = parser.add_argument
+    add("--vqgan_path", metavar="FILE", help="tokenizer weights (.pt, .safetensors, folder, hf://owner/repo)")
+    add("--vqgan_vocab_size", type=number(int, 1, 65536), help="checked against the tokenizer's")
+    add("--vqgan_stride", type=number(int, 1), help="checked against the tokenizer's")
 
 
 def add_weights_flags(parser, models):
     """The weights of a generator: --pretrained_ckpt, --model (one of `models`), --img_size, the tokenizer."""
-    parser.add_argument(
-        "--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)"
-    )
-    parser.add_argument("--model", choices=sorted(models), help="size, if the weights do not record it")
-    parser.add_argument("--img_size", type=number(int, 1), help="checked against the weights'")
+    add = parser.add_argument
+    add("--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)")
+    add("--model", choices=sorted(models), help="size, if the weights do not record it")
+    add("--img_size", type=number(int, 1), help="checked against the weights'")
     add_tokenizer_flags(parser)
 
 

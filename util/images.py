@@ -157,13 +157,10 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, folder, size):
         self.folder, self.size = folder, size
 
-    def __len__(self):
-        return len(self.folder)
-
     def __getitem__(self, index_and_view):
         index, view = index_and_view
+        path = self.folder.root / self.folder.names[index]
         try:
-            path = self.folder.root / self.folder.names[index]
             pixels = load_image(path, self.size, self.folder.reading)
         except UnreadableImage as error:
             return index, str(error)

@@ -13,6 +13,7 @@ read too.
 """
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -233,10 +234,10 @@ class MarCache:
         self.names, self.labels, self.left_out = list(listed.names), listed.labels, listed.left_out
         self.paths = [Path(folder, name) for name in self.names]
         num_tokens = self._load(self.paths[0]).shape[1]
-        if int(num_tokens**0.5) ** 2 != num_tokens:
-            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens do not make a square image")
+        if (grid_size := math.isqrt(num_tokens)) ** 2 != num_tokens:
+            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens make no square image")
         self.meta = CacheMeta(
-            img_size=img_size, grid_size=int(num_tokens**0.5), vocab_size=vocab_size,
+            img_size=img_size, grid_size=grid_size, vocab_size=vocab_size,
             class_names=listed.class_names, tokenizer_digest="", num_images=len(self.paths),
             shard_size=len(self.paths), names_digest=names_digest(self.names),
         )

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from util.files import read_json, write_json
@@ -39,8 +39,7 @@ class Attempt:
         """Record the start, and the end of earlier attempts that nothing was left to record. Raises
         RuntimeError: MAX_LOST attempts in a row were lost without progress."""
         for number in range(self.number):
-            earlier = Attempt(self.folder, self.job_id, number)
-            earlier.end(LOST, "its machine was lost, or SLURM queued the job again")
+            replace(self, number=number).end(LOST, "its machine was lost, or SLURM queued the job again")
         self._write("began", {"machines": machines})
         if self._is_stuck():
             reason = f"{MAX_LOST} attempts in a row were lost without progress"
@@ -67,11 +66,9 @@ class Attempt:
     def is_refused_by_all(self, rank, machines, seconds):
         """Whether the command is wrong usage on every machine, not only here or after an earlier attempt."""
         Path(self.folder, f"{self.job_id}_refused_{rank}").touch()
-        for _ in range(0 if self.number else seconds):
-            if len([*Path(self.folder).glob(f"{self.job_id}_refused_*")]) == machines:
-                return True
-            time.sleep(1)
-        return False
+        time.sleep(seconds * (machines > 1))
+        refused = list(Path(self.folder).glob(f"{self.job_id}_refused_*"))
+        return self.number == 0 and len(refused) == machines
 
     def is_running(self):
         """Whether SLURM runs this very attempt: not cancelled, not preempted, and no newer one."""

@@ -42,11 +42,9 @@ def load_split(source, split, folder):
 def write_split(images, labels, folder):
     """Write `folder`/<class>/<index>.png; the folder has its final name only when it is complete."""
     if folder.exists():
-        found = sum(1 for _ in folder.glob("*/*.png"))
-        if found != len(images):
+        if (found := len(list(folder.glob("*/*.png")))) != len(images):
             raise cli.Failure(f"{folder}: {found} images instead of {len(images)}: remove it and run again")
-        print(f"{folder}: {found} images are there already")
-        return
+        return print(f"{folder}: {found} images are there already")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in CLASSES:
