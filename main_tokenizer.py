@@ -9,16 +9,10 @@ tokenizer.safetensors, with every checkpoint too, reconstructions.png, loss.png 
 import dataclasses
 from pathlib import Path
 
-from engine import report
+from engine import report, train_tokenizer
 from engine.checkpoint import LAST
 from engine.loop import LossNotFinite, RunSettings
-from engine.train_tokenizer import (
-    WEIGHTS_FILE,
-    TokenizerTrainConfig,
-    evaluate_tokenizer,
-    new_state,
-    train_tokenizer,
-)
+from engine.train_tokenizer import WEIGHTS_FILE, TokenizerTrainConfig
 from models.vqgan import VQConfig, VQModel
 from models.weights import save_weights
 from util import cli, distributed, pictures
@@ -61,7 +55,7 @@ def main(argv=None):
         data = {"path": args.data_path, "images": len(folder), "names_digest": names_digest(folder.names)}
         log = report.start_run(output_dir, state, steps, data, world)
         try:
-            train_tokenizer(state, folder, run, world, log, args.num_workers)
+            train_tokenizer.train_tokenizer(state, folder, run, world, log, args.num_workers)
         except LossNotFinite as error:
             raise cli.Failure(error) from None
         if world.is_main:
@@ -86,7 +80,8 @@ def train_state(args, model, folder, pretrained, world):
     config = cli.settings_from(
         TokenizerTrainConfig, args, model=model, batch_size=args.batch_size * world.size, seed=args.seed
     )
-    state, last = new_state(config.for_images(len(folder)), world.device), Path(args.output_dir) / LAST
+    state = train_tokenizer.new_state(config.for_images(len(folder)), world.device)
+    last = Path(args.output_dir) / LAST
     if last.exists():
         state.load(last, world)
     elif pretrained:
@@ -97,9 +92,10 @@ def train_state(args, model, folder, pretrained, world):
 def write_results(args, state, folders, output_dir, world):
     """Write the weights, and how well they reconstruct images: those held out, if there are any."""
     folder, held_out = folders
-    which = "held-out images" if held_out else "training images"
-    how = {"num_workers": args.num_workers, "title": which}
-    result, sheet = evaluate_tokenizer(state.model, held_out or folder, args.img_size, world.device, **how)
+    which, images = ("held-out images", held_out) if held_out else ("training images", folder)
+    result, sheet = train_tokenizer.evaluate_tokenizer(
+        state.model, images, args.img_size, world.device, num_workers=args.num_workers, title=which
+    )
     facts = {"images": which, "data": Path(args.data_path).name, "img_size": args.img_size}
     result |= {**facts, "steps": state.step}
     pictures.save_png(output_dir / "reconstructions.png", sheet)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.files import atomic, read_json
+from util.files import atomic, read_json, reading, write_json
 
 SUFFIXES = (".npy", ".json")
 
@@ -34,16 +34,13 @@ def load_orders(path, num_tokens, num_orders=None):
 
 def save_orders(path, orders, meta):
     """Write `orders` [n, L] atomically: to a `.json`, or to a `.npy` with the dict `meta` in `meta_path`."""
-    path = Path(path)
     check_suffix(path)
-    if path.suffix == ".json":
-        with atomic(path) as partial:
-            partial.write_text("[" + ", ".join(json.dumps(row.tolist()) for row in orders) + "]")
-        return
-    with atomic(meta_path(path)) as partial:
-        partial.write_text(json.dumps(meta) + "\n")
     with atomic(path) as partial, partial.open("wb") as file:
-        np.save(file, orders.astype(np.uint16, copy=False))
+        if Path(path).suffix == ".json":
+            file.write(f"[{', '.join(json.dumps(row.tolist()) for row in orders)}]".encode())
+        else:
+            np.save(file, orders.astype(np.uint16, copy=False))
+            write_json(meta_path(path), meta)
 
 
 def meta_path(path):
@@ -58,11 +55,8 @@ def check_suffix(path):
 
 
 def _read_npy(path):
-    with path.open("rb") as file:
-        try:
-            orders = np.lib.format.read_array(file, allow_pickle=False)
-        except Exception as error:  # damaged headers fail in many ways
-            raise ValueError(f"{path} is not an .npy file: {' '.join(str(error).split())[:200]}") from None
+    with reading(path, ".npy file"), path.open("rb") as file:
+        orders = np.lib.format.read_array(file, allow_pickle=False)
     if orders.ndim != 2:
         raise ValueError(f"{path} has shape {list(orders.shape)}, not [orders, positions]")
     return orders

@@ -9,8 +9,6 @@ same command again resumes, and one for other images or another time needs anoth
 
 from util import cli  # isort: skip
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -22,9 +20,10 @@ from engine import train, train_tokenizer
 from models.lpd import LPD_CONFIGS
 from models.vqgan import VQConfig
 from orders.schedule import training_steps
+from scripts.cli.job import run_command
 from util import folders
 from util.device import choose_device, is_cuda, synchronize
-from util.distributed import STOP_SIGNALS, World, say
+from util.distributed import World, say
 from util.files import read_json, refuse_changes, write_json
 from util.images import image_loader, in_order
 from util.logging import read_metrics
@@ -165,15 +164,6 @@ def words(flags):
     return line
 
 
-def run_program(line):
-    """Run a program to its end, passing stop signals on; returns its exit status."""
-    program = subprocess.Popen([sys.executable, REPO / line[0], *line[1:]])
-    for number in STOP_SIGNALS:
-        own = number == signal.SIGINT  # Ctrl-C reaches the program by itself
-        signal.signal(number, signal.SIG_IGN if own else lambda number, _: program.send_signal(number))
-    return program.wait()
-
-
 def print_results(output):
     """What the tokenizer reached, the first and last losses, and where the pictures are."""
     report = read_json(f"{output}/tokenizer/report.json")
@@ -204,8 +194,10 @@ def main(argv=None):
         write_json(kept, flags)
     for line in commands(args, flags):
         print("\npython", shlex.join(line).replace(" --", " \\\n    --"), end="\n\n", flush=True)
-        if not args.dry_run and (status := run_program(line)):
-            sys.exit(status if status > 0 else 128 - status)
+        if not args.dry_run:
+            status, _ = run_command([sys.executable, str(REPO / line[0]), *line[1:]])
+            if status:
+                sys.exit(status)
     if not args.dry_run:
         print_results(args.output)
 

@@ -52,7 +52,9 @@ def init(device_name="auto", timeout=10):
         # CPU tensors go through gloo even beside a GPU, so that agreeing on a stop never waits for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout))
-        _roll_call, _patient_group = RollCall(), torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, is_master=False)
+        _roll_call = gather_objects(socket.gethostname()), store
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -147,42 +149,30 @@ def is_peer_failure(error):
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
-class RollCall:
-    """Finds out which processes are lost: after a collective has failed, each one that is well reports."""
-
-    def __init__(self):
-        self.hosts = gather_objects(socket.gethostname())  # by rank
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = torch.distributed.TCPStore(*address, is_master=False)
-        self._reported = None
-
-    def lost(self, seconds):
-        """Report, wait for the others, and return the ranks that did not: all on the machine of the store,
-        which is that of rank 0, if the store does not answer."""
-        thread = threading.Thread(target=self._report, args=[seconds], daemon=True)
-        thread.start()
-        thread.join(2 * seconds)
-        if self._reported is None:
-            return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[0]]
-        return [rank for rank in range(len(self.hosts)) if rank not in self._reported]
-
-    def _report(self, seconds):
-        self._store.set(f"report/{torch.distributed.get_rank()}", "")
-        time.sleep(seconds)
-        self._reported = [r for r in range(len(self.hosts)) if self._store.check([f"report/{r}"])]
-
-
-_roll_call = _patient_group = None  # of the process group
+_roll_call = None  # of the process group: its hosts by rank, and a connection to its store
 
 
 def describe_loss(error, seconds=10):
-    """A line about a peer failure, which takes `seconds`: the processes that are lost, and where they ran."""
+    """A line about a peer failure, which takes `seconds`: the processes that are lost, and where they ran.
+
+    Each process that is well reports to the store, which is on the machine of rank 0: if it does not answer,
+    all there are lost.
+    """
     if _roll_call is None:
         return str(error)
-    ranks, hosts = _roll_call.lost(seconds), _roll_call.hosts
-    lost = ", ".join(f"process {rank} on {hosts[rank]}" for rank in ranks) or "another process for a while"
-    rank = torch.distributed.get_rank()
-    return f"process {rank} on {hosts[rank]} got no answer from {lost} ({str(error).splitlines()[0]})"
+    (hosts, store), rank, well = _roll_call, torch.distributed.get_rank(), []
+
+    def report():
+        store.set(f"report/{rank}", "")
+        time.sleep(seconds)
+        well.extend(r for r in range(len(hosts)) if store.check([f"report/{r}"]))
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    thread.join(2 * seconds)
+    ranks = [r for r, host in enumerate(hosts) if (r not in well if well else host == hosts[0])]
+    lost = ", ".join(f"process {r} on {hosts[r]}" for r in ranks) or "one for a moment"
+    return f"process {rank} on {hosts[rank]} waited in vain for {lost} ({str(error).splitlines()[0]})"
 
 
 class Stopped(Exception):

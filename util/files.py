@@ -16,11 +16,8 @@ from pathlib import Path
 import numpy as np
 
 SHOWN = 80  # characters of a value in a message
-
-
 UMASK = os.umask(0o077)  # asking for it sets it: once, while there is no other thread
 os.umask(UMASK)
-
 _OF_PATHS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,  # a damaged file names places in it that cannot be

@@ -139,13 +139,6 @@ def print_table(rows):
         print(f"{row['rule']:>16} {row['steps']:5d} " + " ".join(cells))
 
 
-def by_position(bits, orders):
-    """Mean bits of each raster position, [g, g], from bits and orders [n, L]."""
-    raster = np.empty_like(bits)
-    np.put_along_axis(raster, orders.astype(np.int64), bits, axis=1)
-    return raster.mean(axis=0).reshape(math.isqrt(bits.shape[1]), -1)
-
-
 def draw(folder, rows, settings):
     """bits_by_steps.png, bits_by_slot.png and bits_by_position.png in the folder."""
     from matplotlib.figure import Figure
@@ -161,15 +154,15 @@ def draw(folder, rows, settings):
     maps = Figure(figsize=(1.9 * len(steps) + 1, 1.9 * len(rules)), layout="constrained")
     axes = slots.subplots(1, len(steps), squeeze=False, sharey=True)[0]
     panels = maps.subplots(len(rules), len(steps), squeeze=False)
-    arrays = {s: read_arrays(s.file(folder), ["bits", "orders"]) for s in settings}
-    grids = {s: by_position(**array) for s, array in arrays.items()}
-    top = max(grid.max() for grid in grids.values())
-    for setting, grid in grids.items():
+    arrays = [read_arrays(s.file(folder), ["bits", "orders"]).values() for s in settings]  # [n, L] each
+    by_slot = [bits.mean(axis=0) for bits, _ in arrays]
+    by_position = [np.take_along_axis(b, o.argsort(axis=1), axis=1).mean(axis=0) for b, o in arrays]
+    for setting, curve, grid in zip(settings, by_slot, by_position, strict=True):
         column = steps.index(setting.steps)
-        axes[column].plot(arrays[setting]["bits"].mean(axis=0), label=setting.rule, linewidth=1)
+        axes[column].plot(curve, label=setting.rule, linewidth=1)
         axes[column].set(title=f"{setting.steps} steps", xlabel="slot")
         panel = panels[rules.index(setting.rule), column]
-        drawn = panel.imshow(grid, vmin=0, vmax=top)
+        drawn = panel.imshow(grid.reshape(math.isqrt(len(grid)), -1), vmin=0, vmax=np.max(by_position))
         panel.set(xticks=[], yticks=[], title=f"{setting.rule}, {setting.steps}")
     axes[0].set(ylabel="bits of the token at a slot")
     axes[-1].legend(fontsize=8)

@@ -6,8 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from PIL import ImageOps
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
@@ -21,8 +20,8 @@ PAD = 2  # 28 -> 32 pixels; the background is black
 
 
 def load_split(source, split, folder):
-    """Images uint8 [N, 28, 28] and labels [N] of a split, read by torchvision from the .gz files in `source`,
-    or from its download if that is None; `folder` is a temporary place."""
+    """A split as torchvision reads it, from the .gz files in `source`, or from its download if that is None;
+    `folder` is a temporary place."""
     try:
         if source:
             raw = folder / "FashionMNIST" / "raw"
@@ -30,28 +29,27 @@ def load_split(source, split, folder):
             for path in source.glob("*-ubyte.gz"):
                 (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         data = FashionMNIST(folder, train=split == "train", download=source is None)
-        labels = data.targets.numpy()
-        if len(data.data) != len(labels) or labels.max() >= len(CLASSES):
-            raise ValueError(f"{len(data.data)} images, {len(labels)} labels up to {labels.max()}")
+        images, labels, most = len(data.data), len(data.targets), int(data.targets.max())
+        if images != labels or most >= len(CLASSES):
+            raise ValueError(f"{images} images, {labels} labels up to {most}")
     except Exception as error:  # damaged files fail in many ways, torchvision's by assertions
         reason = " ".join(str(error).split()) or type(error).__name__
         raise cli.Failure(f"{source or 'download of Fashion-MNIST'}: no {split} split ({reason})") from None
-    return data.data.numpy(), labels
+    return data
 
 
-def write_split(images, labels, folder):
+def write_split(data, folder):
     """Write `folder`/<class>/<index>.png; the folder has its final name only when it is complete."""
     if folder.exists():
-        if (found := len(list(folder.glob("*/*.png")))) != len(images):
-            raise cli.Failure(f"{folder}: {found} images instead of {len(images)}: remove it and run again")
+        if (found := len(list(folder.glob("*/*.png")))) != len(data):
+            raise cli.Failure(f"{folder}: {found} images instead of {len(data)}: remove it and run again")
         return print(f"{folder}: {found} images are there already")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in CLASSES:
         (partial / name).mkdir(parents=True)
-    padded = np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD)))
-    for i, image in enumerate(tqdm(padded, desc=str(folder), unit="img", mininterval=1)):
-        Image.fromarray(image).save(partial / CLASSES[labels[i]] / f"{i:05d}.png")
+    for i, (image, label) in enumerate(tqdm(data, desc=str(folder), unit="img", mininterval=1)):
+        ImageOps.expand(image, PAD).save(partial / CLASSES[label] / f"{i:05d}.png")
     partial.rename(folder)
 
 
@@ -63,7 +61,7 @@ def main(argv=None):
     source = args.source or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else None)
     with tempfile.TemporaryDirectory() as folder:
         for split in SPLITS:
-            write_split(*load_split(source, split, Path(folder)), args.output / split)
+            write_split(load_split(source, split, Path(folder)), args.output / split)
 
 
 if __name__ == "__main__":

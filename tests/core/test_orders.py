@@ -303,7 +303,7 @@ def test_a_wrong_json_file_is_refused_by_name_and_row(tmp_path, text, message):
         (np.arange(9)[None], "row 0: 9 positions, but an image has 4 tokens"),
         (np.arange(4), r"shape \[4\]"),
         (np.array([["a", "b", "c", "d"]]), "row 0: not a permutation"),
-        (np.array([[None] * 4]), "is not an .npy file: .*allow_pickle=False"),
+        (np.array([[None] * 4]), "no readable .npy file .*allow_pickle=False"),
     ],
 )
 def test_a_wrong_npy_file_is_refused_by_name_and_row(tmp_path, array, message):
@@ -318,5 +318,5 @@ def test_a_truncated_file_is_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:50], b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="wrong.npy is not an .npy file"):
+        with pytest.raises(ValueError, match="wrong.npy: damaged or no readable .npy file"):
             load_orders(path, 16)

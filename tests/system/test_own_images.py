@@ -7,7 +7,7 @@ import helpers
 import pytest
 import torch
 from helpers import call_main, picture
-from processes import REPO, finished, forked
+from processes import finished, forked
 
 from scripts import own_images
 from util.files import read_json, write_json
@@ -78,13 +78,13 @@ def small(monkeypatch):
         flags["batch_size"] = 6
     timed = own_images.seconds
 
-    def run_program(line):
-        return finished(forked(REPO / line[0], *line[1:])).status
+    def run_command(words):
+        return finished(forked(*words[1:])).status, 0
 
     monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
     monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
     monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: timed(step, device, least=0))
-    monkeypatch.setattr(own_images, "run_program", run_program)
+    monkeypatch.setattr(own_images, "run_command", run_command)
 
 
 def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path, monkeypatch):
