@@ -139,6 +139,8 @@ def main(argv=None):
     pictures.save_png(output / "grid.png", sheets[0])
     if args.compare_steps:
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
+        alone, in_batch = (timings[1][name] / timings[0][name] for name in ("alone", "in_batch"))
+        print(f"ratio: {alone:.1f}x alone, {in_batch:.1f}x in a batch")
     save_film_and_order(output, model, decoder, variants[0], labels, args.num_per_class)
     write_json(output / RECORD, {**record, "seconds_per_image": timings})
     print(f"pictures: {output}/grid.png, order.png, film.gif")

@@ -15,6 +15,7 @@ usage_error() {
     echo "error: $*" >&2
     exit 2
 }
+pwd -P >/dev/null 2>&1 || usage_error "the working directory is deleted: cd to one that exists"
 
 require_set() { # require_set NAME WHAT: the variable is set
     [[ -n ${!1:-} ]] || usage_error "$1 is not set: $2"

@@ -1,4 +1,7 @@
-"""The ground floor: flags, processes, devices, files, images, the token cache, pictures, logs."""
+"""The ground floor: flags, processes, devices, files, images, the token cache, pictures, logs.
+
+A program that imports torch itself imports `cli` from here first.
+"""
 
 import os
 import sys

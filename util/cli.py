@@ -325,7 +325,7 @@ def class_names(args, num_classes, info):
     names = info.get("class_names") or [str(i) for i in range(num_classes)]
     if args.class_names:
         path = existing_file("--class_names", args.class_names)
-        with checking(f"--class_names: {path}: "):
+        with checking(f"--class_names: {path} is to be saved as UTF-8: "):
             text = path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
         names = [line.strip() for line in text.rstrip().split("\n")]
     if len(names) != num_classes:

@@ -75,7 +75,7 @@ class CacheMeta:
         unknown."""
         try:
             values = read_json(path)
-            lists = {name: tuple(values[name]) for name in ("class_names", "unreadable")}
+            lists = {name: tuple(values[name]) for name in ("class_names", "unreadable") if name in values}
             meta = CacheMeta(**{**values, **lists})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not describe a token cache ({error})") from None
@@ -253,10 +253,9 @@ class MarCache:
 
     def _read(self, path):
         both, count, codes = self._load(path), self.meta.num_tokens, self.meta.vocab_size
-        if both.shape[1] != count:
-            raise DamagedCache(f"{path}: {both.shape[1]} tokens, {self.paths[0]} has {count}")
-        if both.min() < 0 or both.max() >= codes:
-            raise DamagedCache(f"{path}: tokens {both.min()}..{both.max()}, the tokenizer has {codes} codes")
+        if both.shape[1] != count or both.min() < 0 or both.max() >= codes:
+            found = f"{both.shape[1]} tokens in {both.min()}..{both.max()}"
+            raise DamagedCache(f"{path}: {found}, not {count} of a tokenizer with {codes} codes")
         return both
 
     def __len__(self):

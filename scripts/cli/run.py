@@ -179,16 +179,15 @@ def submit(args):
 
 def find_job(text):
     """(folder `jobs`, job id) of a job given by its number, run folder or name."""
-    folders = [Path(text)] if Path(text).is_dir() else [REPO / "output" / text]
-    pattern = "jobs/*_submitted.json"
+    output, own, number = REPO / "output", Path(os.environ.get("OUTPUT_DIR", "")), "*"
+    folders = [Path(text)] if Path(text).is_dir() else [output / text]
     if text.isdecimal():
-        folders, pattern = [*(REPO / "output").glob("*")], f"jobs/{text}_submitted.json"
-        if "OUTPUT_DIR" in os.environ:
-            folders.append(Path(os.environ["OUTPUT_DIR"]))
-    records = sorted((r for folder in folders for r in folder.glob(pattern)), key=lambda r: r.stat().st_mtime)
-    if not records:
+        folders, number = [*output.glob("*"), own], text
+    found = [record for folder in folders for record in folder.glob(f"jobs/{number}_submitted.json")]
+    if not found:
         raise cli.UsageError(f"no submitted job {text!r}: give its number, run folder or name")
-    return records[-1].parent.absolute(), read_json(records[-1])["job_id"]
+    record = max(found, key=lambda path: path.stat().st_mtime)
+    return record.parent.absolute(), read_json(record)["job_id"]
 
 
 def status(jobs, job_id):
