@@ -61,11 +61,7 @@ def convert(args):
         tokenizer, _ = VQModel.load(args.vqgan_path)
         mar = MarCache(args.from_mar, tokenizer.config.vocab_size, args.img_size)
         meta = describe(args, tokenizer, mar.names, mar.meta.class_names, precision="unknown")
-        if mar.meta.grid_size != meta.grid_size:
-            raise ValueError(
-                f"--from_mar: {args.from_mar} has {mar.meta.num_tokens} tokens an image, "
-                f"--img_size {args.img_size} makes {meta.num_tokens}"
-            )
+        cli.check_stated(args, img_size=mar.meta.grid_size * tokenizer.config.stride)
         writer = CacheWriter(args.cached_path, meta)
     writer.begin()
     convert_mar(writer, mar)
@@ -93,7 +89,7 @@ def encode(args):
         tokenizer = VQModel.load(args.vqgan_path)[0].to(world.device)
         distributed.say(device.describe(tokenizer, world.device, bf16=args.bf16))
         parts = open_parts(args, tokenizer, world)
-    missing, errors = [(folder, writer) for folder, writer in parts if not writer.complete], []
+    missing, errors = [part for part in parts if not part[1].complete], []
     if not missing:
         if world.is_main:
             print(f"{args.cached_path} is complete already: {parts[0][1].meta.num_images} images")

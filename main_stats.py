@@ -89,13 +89,6 @@ def open_batch(args, world):
     return len(array), size, f"reference batch of {size} px, as it is", batches
 
 
-def known_statistics(args):
-    """mu and sigma of Inception features that the file of --reference_batch has itself, or None."""
-    if args.data_path or args.features != "inception" or not read_arrays(args.reference_batch, (), ["mu"]):
-        return None
-    return load_statistics(args.reference_batch, features=False)
-
-
 def gather_statistics(world, n, batches, extractor, save_features):
     """Statistics over all processes and, if asked for, the features in image order; rank 0 has them all."""
     own = np.array_split(np.arange(n), world.size)[world.rank]
@@ -122,7 +115,10 @@ def main(argv=None):
         n, size, preparation, batches = (open_folder if args.data_path else open_batch)(args, world)
         if n < 2:
             raise ValueError(f"{n} images: statistics need at least 2")
-        known = known_statistics(args)
+        known = None  # mu and sigma of Inception features that the file itself has
+        if args.reference_batch and args.features == "inception":
+            has_mu = read_arrays(args.reference_batch, (), ["mu"])
+            known = load_statistics(args.reference_batch, features=False) if has_mu else None
         facts, features = {"extractor": args.features, "img_size": size, "preparation": preparation}, None
         if measured := args.save_features or not known:
             extractor = make_extractor(args.features, world.device, args.inception)

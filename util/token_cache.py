@@ -206,17 +206,21 @@ class TokenCache:
         the vocabulary; a GPU would only report an assertion. ValueError: an index or view out of range."""
         both = np.asarray(indices, np.int64), np.asarray(views, np.int64)
         rows = np.ravel_multi_index(both, (len(self), 2))
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        tokens = np.empty((len(rows), self.meta.num_tokens), dtype=np.int64)
-        for shard in np.unique(shards):
+        by_shard = rows.argsort()
+        rows = rows[by_shard]
+        cuts = rows.searchsorted(self._starts)
+        stored = np.empty((len(rows), self.meta.num_tokens), dtype=np.uint16)
+        for shard in np.flatnonzero(np.diff(cuts)):
             path, size, part = self._shards[shard]
             if path.stat().st_size != size:  # a read beyond the end is a signal that ends the process
                 raise DamagedCache(f"{path} has changed its size while it is read")
-            here = shards == shard
-            tokens[here] = part[rows[here] - self._starts[shard]]
-        if tokens.max(initial=0) >= self.meta.vocab_size:
-            most = f"token {tokens.max()}, meta.json says {self.meta.vocab_size} codes"
+            here = slice(cuts[shard], cuts[shard + 1])  # mode "clip" reads straight into `out`
+            part.take(rows[here] - self._starts[shard], axis=0, out=stored[here], mode="clip")
+        if stored.max(initial=0) >= self.meta.vocab_size:
+            most = f"token {stored.max()}, meta.json says {self.meta.vocab_size} codes"
             raise DamagedCache(f"{self.folder}: {most}")
+        tokens = np.empty(stored.shape, dtype=np.int64)
+        tokens[by_shard] = stored
         return tokens
 
 

@@ -121,11 +121,10 @@ def story(folder, job_id):
     """A line for each attempt of a job: when and where it ran, and how it ended."""
     began, ended = ({r["attempt"]: r for r in records(folder, job_id, what)} for what in ("began", "ended"))
     for number in sorted(began.keys() | ended.keys()):
-        start, end = began.get(number), ended.get(number)
         line = f"attempt {number}"
-        if start:
+        if start := began.get(number):
             line += f" on {', '.join(start['machines'])}, {start['time']}"
-        if end:
+        if end := ended.get(number):
             line += f": {end['cause']}, {end['time']}" + (f": {end['reason']}" if end["reason"] else "")
         yield line
 

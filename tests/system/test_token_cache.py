@@ -292,7 +292,7 @@ def test_damaged_mar_file_ends_the_conversion_by_name(tmp_path, mar_folder, arra
 
 def test_mar_folder_of_another_grid_is_refused(tmp_path, mar_folder):
     flags = mar_flags(mar_folder, tmp_path / "cache", img_size=32)
-    refused(call("cache", *flags), "--from_mar", "16 tokens", "--img_size 32", "64")
+    refused(call("cache", *flags), "--img_size is 32, the weights or data have 16")
 
 
 # What is refused.
