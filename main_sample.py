@@ -108,7 +108,8 @@ def save_film_and_order(output, model, decoder, settings, labels, num_per_class)
     frames = [np.full_like(frames[0], pictures.GREY), *frames]
     pictures.save_film(output / "film.gif", frames)
     steps = steps_of_cells(orders[:1].numpy(), settings.group_sizes).reshape(settings.grid_size, -1)
-    pictures.save_order_map(output / "order.png", steps, f"{settings.order} order, {steps.max() + 1} steps")
+    drawing = pictures.order_map(steps, f"{settings.order} order, {steps.max() + 1} steps")
+    pictures.save_png(output / "order.png", drawing)
 
 
 def main(argv=None):
@@ -121,10 +122,8 @@ def main(argv=None):
         output = cli.prepare_output(args, RECORD)
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
-    record = {
-        "settings": variants[0].as_json(), "labels": labels.tolist(), "bf16": args.bf16,
-        "compile": args.compile,
-    }
+    how = {"bf16": args.bf16, "compile": args.compile}
+    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), **how}
     write_json(output / RECORD, record)
     make = partial(generate_images, model, decoder)
     if args.compile:

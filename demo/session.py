@@ -1,7 +1,6 @@
 """What the page does, without gradio: checked requests become pictures that fill in group by group."""
 
 import queue
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from engine.generate import Sampling, edit_tokens, resolve_settings, whole_order
 from models.lpd import LPD
@@ -200,10 +198,7 @@ def _time(session, request, settings, show):
 def _order_map(whole, sizes, settings):
     """The step of each cell of the first image, from 1 (0 is kept), as a drawing: uint8 [H, W, 3]."""
     steps = steps_of_cells(whole[:1], sizes)[0] + (len(sizes) == len(settings.group_sizes))
-    title = f"{settings.order} order"
-    with tempfile.TemporaryDirectory(prefix="lpd-order-") as folder:
-        pictures.save_order_map(Path(folder) / "order.png", steps.reshape(settings.grid_size, -1), title)
-        return np.asarray(Image.open(Path(folder) / "order.png").convert("RGB"))
+    return pictures.order_map(steps.reshape(settings.grid_size, -1), f"{settings.order} order")
 
 
 class Cancelled(Exception):

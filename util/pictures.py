@@ -91,17 +91,19 @@ def save_curves(path, curves, *, xlabel, ylabel):
         axes.figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
 
 
-def save_order_map(path, steps_of_cells, title):
-    """Draw a token grid, int [g, g], each cell with the number of the step that generates it."""
+def order_map(steps_of_cells, title):
+    """A drawing of a token grid, int [g, g], each cell with the number of its step: uint8 [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     side = len(steps_of_cells)
-    axes = Figure(figsize=(4.5, 4.5)).subplots()
+    axes = Figure(figsize=(4.5, 4.5), dpi=110, layout="constrained").subplots()
     axes.imshow(steps_of_cells, cmap="viridis")
     for row, column in np.ndindex(steps_of_cells.shape):
         colour = "white" if steps_of_cells[row, column] < steps_of_cells.max() / 2 else "black"
         text = str(int(steps_of_cells[row, column]))
         axes.text(column, row, text, ha="center", va="center", fontsize=min(12, 90 / side), color=colour)
     axes.set(xticks=[], yticks=[], title=title)
-    with atomic(path) as partial:
-        axes.figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
