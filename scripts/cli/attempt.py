@@ -66,9 +66,11 @@ class Attempt:
     def is_refused_by_all(self, rank, machines, seconds):
         """Whether the command is wrong usage on every machine, not only here or after an earlier attempt."""
         Path(self.folder, f"{self.job_id}_refused_{rank}").touch()
-        time.sleep(seconds * (machines > 1))
-        refused = list(Path(self.folder).glob(f"{self.job_id}_refused_*"))
-        return self.number == 0 and len(refused) == machines
+        for _ in range(0 if self.number else seconds):
+            if len([*Path(self.folder).glob(f"{self.job_id}_refused_*")]) == machines:
+                return True
+            time.sleep(1)
+        return False
 
     def is_running(self):
         """Whether SLURM runs this very attempt: not cancelled, not preempted, and no newer one."""
