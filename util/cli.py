@@ -145,7 +145,7 @@ def add_device_flags(parser):
     add_device_flag(parser)
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # macOS cannot tell
     workers = max(1, min(4, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    parser.add_argument("--num_workers", type=number(int, 0), default=workers, help="processes reading images")
+    parser.add_argument("--num_workers", type=number(int, 0), default=workers, help="processes that read")
 
 
 def colour(text):
