@@ -180,7 +180,7 @@ def add_folder_flags(parser, *, split=True):
     add_reading_flags(parser)
     add("--skip_unreadable", action="store_true", help="leave unreadable images out")
     if split:
-        share = f"held out without DIR/val; default: {folders.VAL_FRACTION}, with --published_reading 0"
+        share = f"held out if there is no DIR/val; default: {folders.VAL_FRACTION}, or 0 if read as published"
         add("--val_fraction", type=number(float, 0, 0.9), help=share)
 
 

@@ -160,7 +160,7 @@ def test_class_names_are_read_as_any_system_writes_them(tmp_path, text):
     args = argparse.Namespace(class_names=tmp_path / "names.txt")
     assert cli.class_names(args, 3, {}) == ["cat", "dog", "a b"]
     (tmp_path / "names.txt").write_bytes(text.encode("utf-16"))
-    with pytest.raises(cli.UsageError, match="--class_names: .*names.txt: "):
+    with pytest.raises(cli.UsageError, match="--class_names: .*names.txt is to be saved as UTF-8: "):
         cli.class_names(args, 3, {})
 
 
