@@ -142,7 +142,8 @@ def main(argv=None):
     if args.paste is not None:
         edited = images.paste(pixels, edited, cells, args.paste)
     save(output, pixels, cells, edited, film)
-    print(f"{cells[0].sum()} of {cells[0].size} cells generated: {output}/sheet.png")
+    generated = f"{cells[0].sum()} of {cells[0].size} cells generated in {len(settings.group_sizes)} steps"
+    print(f"{generated}: {output}/sheet.png")
 
 
 if __name__ == "__main__":
