@@ -47,7 +47,7 @@ def describe(args, tokenizer, names, class_names, **how):
     config = tokenizer.config
     cli.check_stated(args, vqgan_vocab_size=config.vocab_size, vqgan_stride=config.stride)
     if args.img_size % config.stride:
-        raise ValueError(f"--img_size {args.img_size} is no multiple of the stride {config.stride}")
+        raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {config.stride}")
     return CacheMeta(
         img_size=args.img_size, grid_size=args.img_size // config.stride, vocab_size=config.vocab_size,
         class_names=tuple(class_names), tokenizer_digest=state_digest(tokenizer), num_images=len(names),

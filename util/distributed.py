@@ -55,6 +55,7 @@ def init(device_name="auto", timeout=10):
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, is_master=False)
         _roll_call = gather_objects(socket.gethostname()), store
+        _patient_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -149,7 +150,8 @@ def is_peer_failure(error):
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
-_roll_call = None  # of the process group: its hosts by rank, and a connection to its store
+_roll_call = None  # the process group's hosts by rank, and a connection to its store
+_patient_group = None  # the same processes, which wait for PATIENCE
 
 
 def describe_loss(error, seconds=10):
@@ -171,8 +173,8 @@ def describe_loss(error, seconds=10):
     thread.start()
     thread.join(2 * seconds)
     ranks = [r for r, host in enumerate(hosts) if (r not in well if well else host == hosts[0])]
-    lost = ", ".join(f"process {r} on {hosts[r]}" for r in ranks) or "one for a moment"
-    return f"process {rank} on {hosts[rank]} waited in vain for {lost} ({str(error).splitlines()[0]})"
+    lost = ", ".join(f"process {r} on {hosts[r]}" for r in ranks) or "another process for a while"
+    return f"process {rank} on {hosts[rank]} got no answer from {lost} ({str(error).splitlines()[0]})"
 
 
 class Stopped(Exception):

@@ -239,7 +239,7 @@ class MarCache:
         self.paths = [Path(folder, name) for name in self.names]
         num_tokens = self._load(self.paths[0]).shape[1]
         if (grid_size := math.isqrt(num_tokens)) ** 2 != num_tokens:
-            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens make no square image")
+            raise ValueError(f"{self.paths[0]}: {num_tokens} tokens do not make a square image")
         self.meta = CacheMeta(
             img_size=img_size, grid_size=grid_size, vocab_size=vocab_size,
             class_names=listed.class_names, tokenizer_digest="", num_images=len(self.paths),
