@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from models.weights import read_pth, state_digest
 
@@ -46,6 +45,8 @@ class Inception:
     name, num_features = "inception", 2048
 
     def __init__(self, path, device):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         read_pth(path)  # torch-fidelity would run code hidden in the file; this refuses such a file
         try:
             network = FeatureExtractorInceptionV3(

@@ -1,14 +1,11 @@
 """Metrics of features: FID, Inception Score, KID, precision and recall, by torch-fidelity's formulas.
 
 The Frechet distance is called `fid` for Inception features only; otherwise its name says what it is made of.
+torch-fidelity is imported where it is used: it takes as long to import as torch.
 """
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util.files import atomic, read_arrays
 
@@ -78,11 +75,15 @@ def load_statistics(path, *, features=True):
 
 def frechet_distance(statistics, reference):
     """The Frechet distance of two Gaussians, each a dict of mu and sigma in float64."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
     return float(fid_statistics_to_metric(statistics, reference, False)["frechet_inception_distance"])
 
 
 def inception_score(logits, *, splits=10):
     """Mean and standard deviation over splits (at most one per image), logits float [n, C] in image order."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
     result = isc_features_to_metric(logits, splits=min(splits, len(logits)), shuffle=True, rng_seed=2020)
     return float(result["inception_score_mean"]), float(result["inception_score_std"])
 
@@ -90,6 +91,8 @@ def inception_score(logits, *, splits=10):
 def kernel_distance(features, reference, *, subsets=100, subset_size=1000):
     """KID: mean and standard deviation of the polynomial MMD over subsets; both float [n, F]. With few images
     the subsets are smaller, which changes the spread, not the estimated value."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     size = min(subset_size, len(features), len(reference))
     result = kid_features_to_metric(
         features, reference, kid_subsets=subsets, kid_subset_size=size, verbose=False
@@ -99,6 +102,8 @@ def kernel_distance(features, reference, *, subsets=100, subset_size=1000):
 
 def precision_recall(features, reference, *, neighbours=3):
     """Improved precision and recall of generated features against real ones, both float [n, F]."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     result = prc_features_to_metric(
         features, reference, prc_neighborhood=neighbours, prc_batch_size=2500, save_cpu_ram=True,
         verbose=False,

@@ -69,7 +69,7 @@ def environment():
 def _server():
     """The multiprocessing context whose processes have the programs imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes", "torch._dynamo", *PROGRAMS])
+    context.set_forkserver_preload(["processes", "torch._dynamo", "torch_fidelity", *PROGRAMS])
     before, path = dict(os.environ), [str(REPO), str(REPO / "tests")]
     os.environ.update({**QUIET, "PYTHONPATH": os.pathsep.join(path)})
     try:

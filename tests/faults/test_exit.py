@@ -25,7 +25,6 @@ cli.run(main)
     "ending, status, line",
     [
         ("pass", 0, ""),
-        ("raise cli.UsageError('no such flag')", 2, "error: no such flag\n"),
         ("raise distributed.Stopped(signal.SIGTERM, 'so')", 128 + signal.SIGTERM, "stopped: SIGTERM: so\n"),
     ],
 )
