@@ -8,8 +8,9 @@ from util import cli  # isort: skip
 import numpy as np
 import torch
 
+from engine.decoding import edit_tokens
 from engine.fast import for_inference
-from engine.generate import edit_tokens, load_pair, resolve_settings, whole_order
+from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
 from orders.lpd_order import random_orders
@@ -41,7 +42,7 @@ def parse_args(argv=None):
     cli.add_seed_flag(parser)
     add("--bf16", action="store_true", help="bfloat16; without it float32")
     cli.add_device_flags(parser)
-    cli.add_order_flags(parser, from_file=False)
+    add_order_flags(parser, from_file=False)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
 
@@ -80,7 +81,7 @@ def load(args, image):
     label = cli.find_class("--class", getattr(args, "class"), names)
     grid_size = model.config.grid_size
     pixels, cells = prepare(args, image, grid_size * tokenizer.config.stride, grid_size)
-    chosen = {name: getattr(args, name) for name in cli.ORDER_FLAGS if name != "lpd_order_file"}
+    chosen = {name: getattr(args, name) for name in ORDER_FLAGS if name != "lpd_order_file"}
     if args.generation_steps:
         chosen["generation_steps"] = min(args.generation_steps, int(cells[0].sum()))
     sampling = cli.settings_from(Sampling, args)
@@ -93,17 +94,15 @@ def edit(model, decoder, tokens, settings, label, batch_size):
     edited, film = [], []
     for ids in torch.arange(len(settings.known)).split(batch_size):
         keep = torch.from_numpy(settings.known[ids.numpy()])
-        order = settings.orders(ids.numpy())
-        whole = whole_order(keep, order)[:SHOWN].numpy()
 
-        def add_frame(tokens, slots, whole=whole):
+        def add_frame(tokens, slots, order):
             shown = images.to_uint8(decoder.decode(tokens[:SHOWN])).cpu().numpy()
-            film.append(pictures.filled(shown, whole, slots))
+            film.append(pictures.filled(shown, order[:SHOWN].cpu().numpy(), slots))
 
         made = edit_tokens(
-            model, tokens.expand(len(ids), -1), keep.to(tokens.device), torch.full((len(ids),), label), order,
-            settings.group_sizes, settings.sampling, seed=settings.seed, image_ids=ids,
-            on_group=None if edited else add_frame,
+            model, tokens.expand(len(ids), -1), keep.to(tokens.device), torch.full((len(ids),), label),
+            settings.orders(ids.numpy()), settings.group_sizes, settings.sampling,
+            seed=settings.seed, image_ids=ids, on_group=None if edited else add_frame,
         )
         edited.append(images.to_uint8(decoder.decode(made)).cpu())
     return torch.cat(edited).numpy(), film

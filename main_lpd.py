@@ -8,18 +8,19 @@ goes on from where it ended.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from engine import evaluate, report
 from engine.checkpoint import LAST
 from engine.data import EncodedImages, token_source
-from engine.fast import FastGenerator, compiled_execution, for_inference
+from engine.fast import FastGenerator, compiled_lpd, for_inference
 from engine.features import EXTRACTORS
-from engine.generate import load_pair, resolve_settings
+from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
 from engine.loop import LossNotFinite, RunSettings
 from engine.sampling import Sampling
 from engine.train import TrainConfig, new_state, train
-from models.lpd import LPD_CONFIGS, Execution
+from models.lpd import LPD, LPD_CONFIGS, Execution
 from models.vqgan import VQModel
 from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
@@ -72,7 +73,7 @@ def parse_args(argv=None):
     add("--prc", action="store_true", help="precision and recall; needs the reference's features")
     add("--save_images", metavar="DIR", type=Path, help="save the images as PNGs")
     add("--save_npz", metavar="FILE", type=Path, help="save the images as ADM does: arr_0 and labels")
-    cli.add_order_flags(parser)
+    add_order_flags(parser)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
 
@@ -102,7 +103,7 @@ def check_flags(args):
 def generation_settings(args, grid_size, num_images):
     return resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=num_images,
-        **{name: getattr(args, name) for name in cli.ORDER_FLAGS},
+        **{name: getattr(args, name) for name in ORDER_FLAGS},
     )
 
 
@@ -169,11 +170,11 @@ def train_config(args, data, num_images, world):
 
 def train_state(args, config, class_names, device):
     """The training state: resumed, with the weights of --pretrained_ckpt, or new."""
-    execution = Execution(grad_checkpointing=args.grad_checkpointing)
+    build = partial(LPD, execution=Execution(grad_checkpointing=args.grad_checkpointing))
     if args.compile:
         given = {"bf16": args.bf16, "grad_checkpointing": args.grad_checkpointing}
-        execution = compiled_execution(config.model, device, **given)
-    state = new_state(config, device, execution, fused=args.compile)
+        build = partial(compiled_lpd, device=device, **given)
+    state = new_state(config, device, build, fused=args.compile)
     places = [Path(folder) / LAST for folder in (args.output_dir, args.resume) if folder]
     last = next((path for path in places if path.exists()), None)
     if last:

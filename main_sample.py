@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine.decoding import generate_tokens
 from engine.fast import FastGenerator, for_inference
-from engine.generate import generate_images, generate_tokens, load_pair, resolve_settings
+from engine.generate import ORDER_FLAGS, add_order_flags, generate_images, load_pair, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD_CONFIGS
 from models.weights import ORDER_SUFFIXES, find
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     add("--bf16", action="store_true", help="bfloat16; without it float32")
     add("--compile", action="store_true", help="generate by the fast path")
     cli.add_device_flags(parser)
-    cli.add_order_flags(parser)
+    add_order_flags(parser)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
 
@@ -57,7 +58,7 @@ def load(args):
     grid_size = model.config.grid_size
     settings = resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=len(labels),
-        **{name: getattr(args, name) for name in cli.ORDER_FLAGS},
+        **{name: getattr(args, name) for name in ORDER_FLAGS},
     )
     variants = [settings]
     if args.compare_steps:
@@ -94,20 +95,19 @@ def save_images(output, steps, images, labels, names, num_per_class):
 def save_film_and_order(output, model, decoder, settings, labels, num_per_class):
     """The film of the first image of each class (ten at most), and the order of the first image."""
     ids = torch.arange(0, len(labels), num_per_class)[:10]
-    orders = settings.orders(ids.numpy())
     frames = []
 
-    def add_frame(tokens, slots):
-        images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), orders.numpy(), slots)
+    def add_frame(tokens, slots, order):
+        images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), order.cpu().numpy(), slots)
         frames.append(pictures.grid(images, min(5, len(ids))))
 
-    generate_tokens(
-        model, labels[ids], orders, settings.group_sizes, settings.sampling, seed=settings.seed,
-        image_ids=ids, on_group=add_frame,
+    _, order = generate_tokens(
+        model, labels[ids], settings.orders(ids.numpy()), settings.group_sizes, settings.sampling,
+        seed=settings.seed, image_ids=ids, on_group=add_frame, return_order=True,
     )
     frames = [np.full_like(frames[0], pictures.GREY), *frames]
     pictures.save_film(output / "film.gif", frames)
-    steps = steps_of_cells(orders[:1].numpy(), settings.group_sizes).reshape(settings.grid_size, -1)
+    steps = steps_of_cells(order[:1].cpu().numpy(), settings.group_sizes).reshape(settings.grid_size, -1)
     drawing = pictures.order_map(steps, f"{settings.order} order, {steps.max() + 1} steps")
     pictures.save_png(output / "order.png", drawing)
 

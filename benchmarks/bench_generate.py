@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
+from engine.decoding import generate_tokens
 from engine.fast import FastDecoder, FastGenerator, packed
-from engine.generate import generate_images, generate_tokens, resolve_settings
+from engine.generate import generate_images, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel

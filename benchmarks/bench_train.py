@@ -9,19 +9,22 @@ is `plain` with one fused attention call over all rows, the usual way.
 """
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import matmul_rate, publish, record, seconds_in_turns
-from engine.fast import compiled_execution
+from engine.fast import compiled_lpd
 from engine.train import LossForDDP, TrainConfig, new_state, train_step
-from models.lpd import LPD_CONFIGS, Execution
-from models.masks import cached_block_mask, cached_training_mask, training_mask
+from models import layers
+from models.lpd import LPD, LPD_CONFIGS, Execution
+from models.masks import training_mask
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, distributed
 from util.device import is_cuda
@@ -38,7 +41,7 @@ def parse_args(argv=None):
     add("--batch_size", type=cli.number(int, 1), default=64)
     add("--bf16", action="store_true")
     add("--grad_checkpointing", action="store_true")
-    add("--attention", choices=["bool", "additive", "flex"], help="mask of the fast steps")
+    add("--attention", choices=["bool", "additive", "flex"], help="form of the mask")
     add("--variants", nargs="+", choices=["fast", "plain", "one_call"], default=["fast"], help="in turns")
     add("--n", type=cli.number(int, 1), default=7, help="timed calls, of which the median")
     add("--device", default="auto")
@@ -73,25 +76,21 @@ def train_config(args, processes):
     return TrainConfig(model, batch, schedules, global_batch=batch, lr=1e-4, bf16=args.bf16)
 
 
-def one_call(block, x, mask):
-    """`Block.forward` with one fused attention call over all rows."""
-    attn = block.attn
-    qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2)
-    x = x + attn.proj_drop(attn.proj(out))
-    return x + block.mlp(block.norm2(x))
+def in_one_call(q, k, v, mask):
+    """In place of `attend_by_kind`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.seen.to(q.dtype))
 
 
 def variant(args, config, world, name):
     """A function that takes the next steps of a training of its own, and how many."""
-    execution = Execution(one_call) if name == "one_call" else Execution()
+    chosen = {"grad_checkpointing": args.grad_checkpointing}
+    if args.attention:
+        additive = torch.bfloat16 if args.bf16 else torch.float32
+        chosen["mask"] = {"bool": torch.bool, "additive": additive, "flex": "flex"}[args.attention]
+    build = partial(LPD, execution=Execution(**chosen))
     if name == "fast":
-        execution = compiled_execution(config.model, world.device, bf16=args.bf16)
-        additive = partial(cached_training_mask, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-        masks = {"bool": cached_training_mask, "additive": additive, "flex": cached_block_mask}
-        execution = dataclasses.replace(execution, mask=masks.get(args.attention, execution.mask))
-    execution = dataclasses.replace(execution, grad_checkpointing=args.grad_checkpointing)
-    state = new_state(config, world.device, execution, fused=name == "fast")
+        build = partial(compiled_lpd, device=world.device, bf16=args.bf16, **chosen)
+    state = new_state(config, world.device, build, fused=name == "fast")
     state.model.train()
     loss_of = state.model.loss
     if world.size > 1:
@@ -102,8 +101,10 @@ def variant(args, config, world, name):
     steps = 10 if is_cuda(world.device) else 1
 
     def call():
-        for _ in range(steps):
-            train_step(state, loss_of, world, 1, iter([batch]))
+        changed = mock.patch.object(layers, "attend_by_kind", in_one_call)
+        with changed if name == "one_call" else nullcontext():
+            for _ in range(steps):
+                train_step(state, loss_of, world, 1, iter([batch]))
 
     return call, steps
 

@@ -24,9 +24,8 @@ import numpy as np
 
 from demo.session import Request, Session, Worker, edit, generate
 from engine.fast import for_inference
-from engine.generate import default_steps, load_pair
+from engine.generate import ORDERS, default_steps, load_pair
 from models.lpd import LPD_CONFIGS
-from orders.lpd_order import ORDER_KINDS
 from util.device import choose_device
 
 MAX_UPLOAD = "8mb"  # of a file; its pixels are limited by util.images.MAX_PIXELS
@@ -95,7 +94,7 @@ def request_controls(session, name):
         gr.Dropdown(session.choices, value=session.choices[0][1], label="Class", elem_id=f"{name}-class"),
         slider("images", 1, "Images", 1),
         slider("steps", default_steps(session.model.config.num_tokens), "Steps", 1),
-        gr.Dropdown(list(ORDER_KINDS), value="lpd", label="Order"),
+        gr.Dropdown(list(ORDERS), value="lpd", label="Order"),
         slider("guidance", 4, "Guidance scale", 0.1),
         slider("temperature", 1, "Temperature", 0.05),
         gr.Number(value=0, precision=0, label="Seed", elem_id=f"{name}-seed"),

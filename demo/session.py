@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.generate import Sampling, edit_tokens, resolve_settings, whole_order
+from engine.decoding import edit_tokens, whole_order
+from engine.generate import resolve_settings
+from engine.sampling import Sampling
 from models.lpd import LPD
 from models.vqgan import VQModel
 from orders.plot import steps_of_cells
@@ -147,24 +149,28 @@ def _tokens(session, request, settings, orders, picture, on_group):
 def _draw(session, request, show, cells, picture=None):
     """Images of which `cells`, bool [L], are generated, uint8 [n, S, S, 3], and a line about them."""
     settings = _settings(session, request, cells, request.steps)
-    orders = settings.orders(range(request.images))
-    whole = whole_order(torch.from_numpy(settings.known), orders).numpy()
-    sizes, kept = settings.group_sizes, int((~cells).sum())
-    show(order=_order_map(whole, (kept, *sizes) if kept else sizes, settings), words="")
+    orders, sizes, kept = settings.orders(range(request.images)), settings.group_sizes, int((~cells).sum())
+    show(words="")
+    if not callable(orders):
+        whole = whole_order(torch.from_numpy(settings.known), orders)
+        show(order=_order_map(whole, kept, settings))
     start, groups, images = time.perf_counter(), 0, None
 
-    def on_group(tokens, slots):
-        nonlocal groups, images
+    def on_group(tokens, slots, order):
+        nonlocal groups, images, whole
+        whole = order.cpu()
         groups += 1
         images = to_uint8(session.tokenizer.decode(tokens)).cpu().numpy()
         seconds = time.perf_counter() - start
-        progress = f"step {groups} of {len(sizes)}: {slots - kept} of {whole.shape[1] - kept} tokens"
+        progress = f"step {groups} of {len(sizes)}: {slots - kept} of {len(cells) - kept} tokens"
         show(
-            picture=session.sheet(pictures.filled(images, whole, slots)),
+            picture=session.sheet(pictures.filled(images, whole.numpy(), slots)),
             words=f"{progress}, {seconds:.2f} s with display",
         )
 
     _tokens(session, request, settings, orders, picture, on_group)
+    if callable(orders):
+        show(order=_order_map(whole, kept, settings))
     seconds = time.perf_counter() - start
     count = f"{len(images)} image{'s' * (len(images) > 1)}"
     return images, f"{count} in {len(sizes)} steps, {seconds:.2f} s with display"
@@ -195,9 +201,10 @@ def _time(session, request, settings, show):
     return time.perf_counter() - start
 
 
-def _order_map(whole, sizes, settings):
+def _order_map(whole, kept, settings):
     """The step of each cell of the first image, from 1 (0 is kept), as a drawing: uint8 [H, W, 3]."""
-    steps = steps_of_cells(whole[:1], sizes)[0] + (len(sizes) == len(settings.group_sizes))
+    sizes = (kept, *settings.group_sizes) if kept else settings.group_sizes
+    steps = steps_of_cells(whole[:1].numpy(), sizes)[0] + (not kept)
     return pictures.order_map(steps.reshape(settings.grid_size, -1), f"{settings.order} order")
 
 

@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch_fidelity
 from tqdm import tqdm
 
+from engine.decoding import generate_tokens
 from engine.features import make_extractor
-from engine.generate import generate_tokens
 from engine.metrics import compute_metrics, load_statistics
 from models.weights import state_digest
 from util.device import device_name, synchronize, timing_event
@@ -155,7 +155,7 @@ def evaluation_facts(
         "order_file_digest": file_digest(order_file) if order_file else "",
         "precision": precision, "decoder": "published" if published else precision, "compile": compiled,
         "device": device_name(device), "torch": torch.__version__,
-        "torch_fidelity": torch_fidelity.__version__, "numpy": np.__version__,
+        "torch_fidelity": version("torch_fidelity"), "numpy": np.__version__,
     }
 
 

@@ -1,54 +1,140 @@
 """Fast paths: compiled training blocks, decoding as one CUDA graph, and models prepared for inference.
 
-`--compile` selects the first two (on a GPU with the steps of engine/fused.py), and also ResidentTokens
-(engine/data.py) and fused AdamW (engine/train.py). Results equal those of the plain code up to rounding. On
-a CPU nothing is captured; there `for_inference` packs the linears, which is all that can be gained
-(benchmarks/LOG.md).
+`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW
+(engine/train.py).
+Results equal those of the plain code up to rounding. On a CPU nothing is captured; there `for_inference`
+packs the linears, which is all that can be gained (benchmarks/LOG.md).
+
+On a GPU a decoding step takes seven kernels a layer: four products, one attention, two additions with their
+LayerNorm. Whatever lies between two products is one compiled function that all layers and group sizes share.
 """
 
 import copy
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.fused import FusedSteps
-from engine.generate import decode_steps, decoding_inputs, generate_images, generate_tokens
+from engine.decoding import Parts, decode, decoding_inputs, generate_tokens
+from engine.generate import generate_images
 from engine.sampling import Sampling
-from models.lpd import NO_LABEL, Execution
-from models.masks import cached_block_mask, cached_training_mask
+from models.layers import MLP, AddNorm
+from models.lpd import LPD, NO_LABEL, Execution
 from models.vqgan import as_square
 from util.device import GraphCapture, is_cuda
 from util.images import to_uint8
 
 FLEX_ROWS = 2048  # from this many rows on (512 px), FlexAttention skips 60-70 % of the blocks
 LOSS_LOGITS = 2**26  # logits alive at once: 256 MB in float32
-PLAIN_ONLY = {"known", "on_group"}  # edits have shapes of their own, and a callback cannot be captured
+PLAIN_ONLY = {"known", "teacher", "on_group", "return_order"}  # not captured: edits have shapes of their own
 
 
-def run_block(block, x, mask):
-    """A training pass through a block, x [B, 2L, D]; one compiled function for all blocks."""
-    return block(x, mask)
+# Training.
 
 
-def compiled_execution(config, device, *, bf16=False, grad_checkpointing=False, backend="inductor"):
-    """The `Execution` of a training pass with compiled blocks, chunked logits, and the fastest form of mask.
+def compiled_lpd(config, device, *, bf16=False, backend="inductor", **execution):
+    """An LPD for training on a device: compiled blocks, logits in chunks, and the mask that suits both. In
+    `execution` is what else its `Execution` is to have.
 
     The mask is an argument of the compiled function, so all layers and schedules share it. DDP must not cut
     it into pieces: each block is a graph of its own, so gradients are exchanged meanwhile all the same.
     """
-    torch._dynamo.config.optimize_ddp = False
-    mask = cached_training_mask
+    chosen = {"loss_rows": max(1, LOSS_LOGITS // config.vocab_size)}
     if is_cuda(device):
         dtype = torch.bfloat16 if bf16 else torch.float32
-        short = 2 * config.num_tokens < FLEX_ROWS
-        mask = partial(cached_training_mask, dtype=dtype) if short else cached_block_mask
-    return Execution(
-        run_block=torch.compile(run_block, dynamic=False, backend=backend), mask=mask,
-        loss_rows=max(1, LOSS_LOGITS // config.vocab_size), grad_checkpointing=grad_checkpointing,
-    )
+        chosen["mask"] = dtype if 2 * config.num_tokens < FLEX_ROWS else "flex"
+    model = LPD(config, Execution(**{**chosen, **execution}))
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=backend)
+    return model
+
+
+# Decoding.
+
+
+@lru_cache
+def compiled(function, backend="inductor", triton=False):
+    """A function compiled for all sizes. With `triton` its products become Triton kernels, which take in what
+    follows them; Inductor times several forms of each at the first call."""
+    # Beyond the limit torch would silently run uncompiled. Sizes of 1 and new settings take a frame each.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    options = {}
+    if backend == "inductor":
+        # The noise is computed where it is used, not stored; a row of logits is read by one kernel.
+        options |= {"realize_opcount_threshold": 1000, "split_reductions": False}
+    if triton:
+        options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON"}
+    return torch.compile(function, dynamic=True, backend=backend, options=options)
+
+
+def compiled_parts(backend="inductor"):
+    """The functions of the decoding loop, compiled."""
+    return Parts(*(compiled(function, backend) for function in Parts()))
+
+
+def first_norm(x, norm, dtype):
+    """LayerNorm in the dtype of the linears."""
+    return norm(x).to(dtype)
+
+
+def add_norm(x, y, norm, dtype):
+    """x + y in float32, and its LayerNorm in the dtype of the linears."""
+    x = x + y
+    return x, norm(x).to(dtype)
+
+
+def linear_gelu(x, linear, _size):
+    """GELU of a linear layer. The size class of x is a text, so that each class has a kernel of its own."""
+    return F.gelu(linear(x))
+
+
+class CompiledAddNorm(nn.Module):
+    """An `AddNorm` as one kernel, its result in the dtype of the linears."""
+
+    def __init__(self, norm, dtype, backend):
+        super().__init__()
+        self.dtype, self.backend = dtype, backend
+        self.norm = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+        self.norm.weight, self.norm.bias = norm.weight, norm.bias
+
+    def forward(self, x, y=None):
+        if y is None:
+            return x, compiled(first_norm, self.backend)(x, self.norm, self.dtype)
+        return compiled(add_norm, self.backend)(x, y, self.norm, self.dtype)
+
+
+class CompiledLinearGELU(nn.Module):
+    """A linear and the GELU after it, on a GPU as one kernel."""
+
+    def __init__(self, linear, backend):
+        super().__init__()
+        self.linear, self.backend = linear, backend
+
+    def forward(self, x):
+        rows = f"4^{((x.shape[0] * x.shape[1]).bit_length() + 1) // 2}"
+        function = compiled(linear_gelu, self.backend, is_cuda(x.device))
+        return function(x.flatten(0, 1), self.linear, rows).unflatten(0, x.shape[:2])
+
+
+def sharing(model):
+    """A copy of a model that shares its weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+
+
+def with_compiled_layers(model, backend="inductor"):
+    """A copy of a model for decoding, whose additions, LayerNorms and GELUs are compiled; it shares all
+    weights."""
+    model, dtype = sharing(model), model.head.weight.dtype
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, AddNorm):
+                setattr(module, name, CompiledAddNorm(child, dtype, backend))
+        if isinstance(module, MLP):
+            module.fc1, module.act = CompiledLinearGELU(module.fc1, backend), nn.Identity()
+    return model
 
 
 class FastGenerator:
@@ -59,35 +145,38 @@ class FastGenerator:
     padded to a captured one. Weights are captured by address: they must not move.
 
     `tokenizer` may be a `FastDecoder`. Beyond `capacity` trajectories the least recently used is dropped.
-    `capture` turns a function without arguments into its replay. `fused` is as `FusedSteps`, which is the
-    default on a GPU; without it the steps are those of `decode_steps`.
+    `capture` turns a function without arguments into its replay. `backend` compiles layers and the loop's
+    parts: "inductor" on a GPU; None is not to compile.
     """
 
-    def __init__(self, model, tokenizer=None, *, capacity=8, capture=None, fused=None):
+    def __init__(self, model, tokenizer=None, *, capacity=8, capture=None, backend=None):
         device = model.pos_embed.device
-        self.model = model
-        self.fused = fused or (FusedSteps if is_cuda(device) else None)
-        self.tokenizer = tokenizer
-        self.capacity = capacity
+        backend = backend or ("inductor" if is_cuda(device) else None)
+        self.plain, self.tokenizer, self.capacity = model, tokenizer, capacity
+        self.model = with_compiled_layers(model, backend) if backend else model
+        self.parts = compiled_parts(backend) if backend else Parts()
         self.capture = capture or GraphCapture(device)
         self.trajectories = OrderedDict()  # (batch, settings) -> (inputs, replay), the last used at the end
 
     def generate_tokens(self, *inputs, **options):
         """As `engine.generate.generate_tokens`, without the model."""
         if PLAIN_ONLY & options.keys():
-            return generate_tokens(self.model, *inputs, **options)
+            return generate_tokens(self.plain, *inputs, **options)
         return self._replay(False, *inputs, **options)
 
     def generate_images(self, *inputs, **options):
         """As `engine.generate.generate_images`, without the model and the tokenizer."""
         if PLAIN_ONLY & options.keys():
-            return generate_images(self.model, self.tokenizer, *inputs, **options)
+            return generate_images(self.plain, self.tokenizer, *inputs, **options)
         return self._replay(True, *inputs, **options)
 
     @torch.inference_mode()
-    def _replay(self, decode, labels, order, group_sizes, sampling=Sampling(), **options):
+    def _replay(self, pixels, labels, order, group_sizes, sampling=Sampling(), **options):
+        policy = order if callable(order) else None
+        if policy:
+            order = torch.arange(self.model.config.num_tokens).repeat(len(labels), 1)
         given = decoding_inputs(self.model, labels, order, group_sizes, **options)
-        inputs, replay = self._trajectory(len(labels), (decode, tuple(group_sizes), sampling))
+        inputs, replay = self._trajectory(len(labels), (pixels, policy, tuple(group_sizes), sampling))
         for static, values in zip(inputs, given, strict=True):
             static[: len(values)].copy_(values, non_blocking=True)
         return replay()[: len(labels)].clone()
@@ -103,7 +192,7 @@ class FastGenerator:
         return self.trajectories[key]
 
     def _capture(self, batch, settings):
-        decode, group_sizes, sampling = settings
+        pixels, policy, group_sizes, sampling = settings
         device, L = self.model.pos_embed.device, self.model.config.num_tokens
         inputs = (
             torch.full((batch,), NO_LABEL, device=device),
@@ -111,15 +200,14 @@ class FastGenerator:
             torch.zeros(batch, 2, dtype=torch.int64, device=device),
         )
 
-        steps = partial(decode_steps, self.model, group_sizes=group_sizes, sampling=sampling)
-        if self.fused:
-            steps = self.fused(self.model, group_sizes, sampling)
-
         def generate():
-            tokens = steps(inputs)
-            return to_uint8(self.tokenizer.decode(tokens)) if decode else tokens
+            tokens, _ = decode(self.model, inputs, group_sizes, sampling, policy=policy, parts=self.parts)
+            return to_uint8(self.tokenizer.decode(tokens)) if pixels else tokens
 
         return inputs, self.capture(generate)
+
+
+# Models prepared for inference.
 
 
 class PackedLinear(nn.Module):
@@ -133,6 +221,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+
+    def write(self, x, out):
+        """As `Linear.write`."""
+        out.copy_(self(x))
 
 
 def can_pack(dtype):
@@ -150,7 +242,7 @@ def packed(model):
     packed, the model."""
     if model.pos_embed.device.type != "cpu" or not can_pack(model.head.weight.dtype):
         return model
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    model = sharing(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

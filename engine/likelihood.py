@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from engine.decoding import generate_tokens
+
 
 @torch.no_grad()  # not inference_mode: training may go on with the mask that is made here
 def token_nll(model, tokens, labels, order, group_sizes):
@@ -19,3 +21,10 @@ def token_nll(model, tokens, labels, order, group_sizes):
     targets = tokens.gather(1, order)  # [B, L]
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # [B L]
     return nats.view(targets.shape)
+
+
+def decided_order(model, policy, tokens, labels, group_sizes, **options):
+    """The order, int64 [B, L] on the CPU, in which a policy would have these tokens decoded; the arguments
+    are those of `token_nll` and `generate_tokens`."""
+    given = {"teacher": tokens, "return_order": True, **options}
+    return generate_tokens(model, labels, policy, group_sizes, **given)[1].cpu()

@@ -4,6 +4,7 @@ B images, n tokens of one group, V codes.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -31,6 +32,7 @@ class Sampling:
 # Classifier-free guidance.
 
 
+@lru_cache(maxsize=32)
 def guidance_scales(sampling, num_tokens, device=None):
     """Guidance scale of every slot, float32 [L]: cfg if constant, 1 + (cfg - 1) t / L at slot t if linear
     (arXiv 2507.01957)."""
@@ -41,7 +43,7 @@ def guidance_scales(sampling, num_tokens, device=None):
 
 def guide(cond, uncond, scales):
     """uncond + s (cond - uncond) for logits [B, n, V] and scales [n]."""
-    return uncond + scales[:, None] * (cond - uncond)
+    return (cond - uncond).mul_(scales[:, None]).add_(uncond)
 
 
 # The noise is a hash of (seed, image id, position, code) instead of the output of a generator. A generator's
@@ -73,6 +75,12 @@ def image_words(seed, image_ids):
     return torch.stack([_image_word(seed, image_ids, start) for start in (0x9E3779B9, 0x7F4A7C15)], dim=1)
 
 
+def cell_noise(words, positions):
+    """A number in (0, 1), float32 [B, n], for `image_words` [B, 2] and positions int64 [B, n]."""
+    bits = _mix(_mix(words[:, :1] + positions & MASK_32) ^ words[:, 1:])
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
 def gumbel_noise(words, positions, vocab_size):
     """Standard Gumbel noise, float32 [B, n, V], for `image_words` [B, 2] and positions int64 [B, n]."""
     first, second = words[:, :1], words[:, 1:]
@@ -80,11 +88,13 @@ def gumbel_noise(words, positions, vocab_size):
     offset = _mix(_mix(first ^ positions) + second & MASK_32)[..., None]  # [B, n, 1]
     factor = _mix(_mix(second ^ positions) + first & MASK_32)[..., None] | 1  # [B, n, 1]
     codes = _as_int32(_mix(torch.arange(1, vocab_size + 1, device=positions.device)))  # [V]
-    bits = (codes ^ _as_int32(offset)) * _as_int32(factor)  # [B, n, V]
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * 0x21F0AAAD
-    bits = bits ^ (bits >> 15 & 0x1FFFF)
-    uniform = ((bits >> 9 & 0x7FFFFF).float() + 0.5) * 2.0**-23  # in (0, 1), exact in float32
-    return -(-uniform.log()).log()
+    # In place: on a CPU new memory costs as much as the arithmetic.
+    bits = (codes ^ _as_int32(offset)).mul_(_as_int32(factor))  # [B, n, V]
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x21F0AAAD)
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF))
+    bits = (bits >> 9).bitwise_and_(0x7FFFFF)
+    uniform = bits.float().add_(0.5).mul_(2.0**-23)  # in (0, 1), exact in float32
+    return uniform.log_().neg_().log_().neg_()
 
 
 # The draw.
@@ -98,15 +108,16 @@ def keep_top_k(logits, k):
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-def keep_top_p(logits, p, step=1):
+def keep_top_p(logits, p):
     """Logits [..., V] with -inf outside the smallest set of likeliest codes whose probability reaches p.
 
-    Ties with the least likely of them are kept. The threshold is found `step` of its 30 bits at a time, in
-    2^step - 1 sums each: no sort. A compiled caller reads the logits once for all sums of a step.
+    Ties with the least likely of them are kept. The threshold is found by its 30 bits, without a sort: two at
+    a time where this is compiled, so that the logits are read once for three sums.
     """
     if p >= 1:
         return logits
     probability = logits.softmax(dim=-1)
+    step = 2 if torch.compiler.is_compiling() else 1
     bits = probability.view(torch.int32)  # positive floats are ordered as their bits are
     threshold = torch.zeros_like(bits[..., :1])  # grows to the largest with which enough is kept
     for shift in reversed(range(0, 30, step)):  # 1.0 is below 2^30
@@ -117,10 +128,10 @@ def keep_top_p(logits, p, step=1):
     return logits.masked_fill(bits < threshold, float("-inf"))
 
 
-def sample(logits, noise, sampling, step=1):
+def sample(logits, noise, sampling):
     """Draw ids int64 [B, n] from softmax(logits / temperature), cut to top-k, then top-p (Gumbel-max trick);
-    logits and noise float32 [B, n, V], at temperature 0 without noise. `step` as of `keep_top_p`."""
+    logits and noise float32 [B, n, V], at temperature 0 without noise."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p, step)
-    return (logits + noise).argmax(dim=-1)
+    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+    return logits.add_(noise).argmax(dim=-1)

@@ -16,7 +16,7 @@ from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps, own_part
 from engine.likelihood import token_nll
 from engine.loop import NonFiniteGuard, RunningMeans, Training, backward, optimizer_step, run_training
-from models.lpd import LPD, Execution, LPDConfig
+from models.lpd import LPD, LPDConfig
 from models.weights import save_weights
 from orders.schedule import cosine_group_sizes, in_brief
 from util import distributed
@@ -124,11 +124,11 @@ class TrainState:
             self.model.train()
 
 
-def new_state(config, device, execution=Execution(), fused=False):
-    """A fresh model and AdamW without weight decay on biases, norms and other vectors. On a CUDA GPU AdamW is
-    always fused: otherwise skipping a non-finite step would wait for the device."""
+def new_state(config, device, build=LPD, fused=False):
+    """A fresh model, `build(config.model)`, and AdamW without weight decay on biases, norms and other
+    vectors. On a CUDA GPU AdamW is always fused: otherwise skipping a non-finite step would wait for it."""
     torch.manual_seed(config.seed)
-    model = LPD(config.model, execution).to(device)
+    model = build(config.model).to(device)
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     others = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(

@@ -5,7 +5,6 @@ rows and n queries of one decoding step.
 """
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import Block, KVCache, Linear
+from models.layers import AddNorm, Block, Linear
 from models.masks import cached_training_mask
 from models.weights import Pretrained, find, load_state, read_weights
 from util.distributed import say
@@ -67,14 +66,12 @@ class Execution:
     """How a training pass is computed; every choice gives the same numbers but for rounding.
 
     Attributes:
-        run_block: (block, x, mask) -> x; one compiled function can serve all blocks.
-        mask: (group_sizes, device) -> `training_mask` in the form that `attend` should take.
+        mask: form of the mask, as of `cached_training_mask`; None is the form that suits the device.
         loss_rows: logits of the loss exist for this many rows at a time, or for all (None).
         grad_checkpointing: recompute the blocks in the backward pass to save memory.
     """
 
-    run_block: Callable = Block.__call__
-    mask: Callable = cached_training_mask
+    mask: torch.dtype | str | None = None
     loss_rows: int | None = None
     grad_checkpointing: bool = False
 
@@ -117,10 +114,9 @@ class LPD(Pretrained, nn.Module):
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.label_dropout = LabelDropout(config.label_drop_prob)
         self.blocks = nn.ModuleList(
-            Block(D, config.num_heads, config.mlp_ratio, config.dropout, layer)
-            for layer in range(config.depth)
+            Block(D, config.num_heads, config.mlp_ratio, config.dropout) for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.norm = AddNorm(D, eps=1e-6)
         self.head = Linear(D, config.vocab_size, bias=False)
         self.init_weights()
 
@@ -139,23 +135,43 @@ class LPD(Pretrained, nn.Module):
     # Embeddings: every row is content plus position, normalised.
 
     def embed_labels(self, labels):
-        """labels [B] in 0..num_classes-1 or NO_LABEL -> the class token [B, 1, D]."""
-        labels = labels[:, None]  # [B, 1]
-        known = self.class_emb(labels.clamp(min=0))  # [B, 1, D]
-        content = torch.where((labels == NO_LABEL)[..., None], self.fake_latent, known)  # [B, 1, D]
+        """labels [B] in 0..num_classes-1 or NO_LABEL -> the class tokens [1, B, D]."""
+        labels = labels[None, :]  # [1, B]
+        known = self.class_emb(labels.clamp(min=0))  # [1, B, D]
+        content = torch.where((labels == NO_LABEL)[..., None], self.fake_latent, known)  # [1, B, D]
         return self.z_proj_ln(content + self.pos_embed[:, :1])
 
     def embed_tokens(self, tokens, positions):
-        """tokens [B, n] at grid positions [B, n] -> context tokens [B, n, D]."""
+        """tokens [n, B] at grid positions [n, B] -> context tokens [n, B, D]."""
         return self.z_proj_ln(self.token_emb(tokens) + self.pos_embed[0, 1 + positions])
 
     def embed_queries(self, positions):
-        """grid positions [B, n] -> position query tokens [B, n, D]."""
+        """grid positions [n, B] -> position query tokens [n, B, D]."""
         return self.z_proj_ln(self.mask_token + self.pos_embed[0, 1 + positions])
 
     def query_table(self):
         """The position query tokens of all positions, [L, D]: a query depends on its position alone."""
         return self.z_proj_ln(self.mask_token[0] + self.pos_embed[0, 1:])
+
+    # The transformer, for training and decoding.
+
+    def features(self, x, mask, kv_cache=None):
+        """What enters the head for the query rows of x [N, B, D], under their `Mask`: [N - context, B, D].
+
+        Args:
+            kv_cache: a `new_kv_cache`, cut to the rows before x and those of x, [depth, M, B, 3D]; it takes
+            in x's keys and values. Without it there are no rows but x.
+        """
+        y, recompute = None, self.execution.grad_checkpointing and self.training
+        for layer, block in enumerate(self.blocks):
+            if kv_cache is None:
+                x, y = checkpoint(block, x, y, mask, use_reentrant=False) if recompute else block(x, y, mask)
+            elif layer < len(self.blocks) - 1:
+                x, y = block(x, y, mask, kv_cache[layer])
+            else:  # nothing more is computed from the context rows
+                x, y = block(x, y, mask.of_queries(), kv_cache[layer], first=mask.context)
+        first = mask.context if kv_cache is None else 0
+        return self.norm(x[first:], y[first:])[1]
 
     # Training: all groups in one masked pass.
 
@@ -169,7 +185,7 @@ class LPD(Pretrained, nn.Module):
         Returns:
             logits [B, L, V], in generation order.
         """
-        return self.head(self._query_features(tokens, labels, order, group_sizes))
+        return self.head(self._query_features(tokens, labels, order, group_sizes).transpose(0, 1))
 
     def loss(self, tokens, labels, order, group_sizes):
         """Mean cross-entropy over all L query rows, float32; arguments as of `forward`.
@@ -177,8 +193,8 @@ class LPD(Pretrained, nn.Module):
         With `execution.loss_rows` the logits never exist for more rows at once; the backward pass recomputes
         them.
         """
-        x = self._query_features(tokens, labels, order, group_sizes).flatten(0, 1)  # [B L, D]
-        targets = tokens.gather(1, order).flatten()  # [B L]
+        x = self._query_features(tokens, labels, order, group_sizes).flatten(0, 1)  # [L B, D]
+        targets = tokens.gather(1, order).T.flatten()  # [L B]
         rows = self.execution.loss_rows or len(targets)
 
         def summed(x, targets):
@@ -194,20 +210,28 @@ class LPD(Pretrained, nn.Module):
         L = self.config.num_tokens
         if sum(group_sizes) != L:
             raise ValueError(f"group sizes sum to {sum(group_sizes)}, the model has {L} tokens")
-        generated = tokens.gather(1, order)  # [B, L], in generation order
-        class_token = self.embed_labels(self.label_dropout(labels))  # [B, 1, D]
-        context = self.embed_tokens(generated[:, :-1], order[:, :-1])  # [B, L - 1, D]
-        x = torch.cat([class_token, context, self.embed_queries(order)], dim=1)  # [B, 2L, D]
-        execution = self.execution
-        mask = execution.mask(tuple(group_sizes), x.device)  # [2L, 2L]
-        for block in self.blocks:
-            if execution.grad_checkpointing and self.training:
-                x = checkpoint(execution.run_block, block, x, mask, use_reentrant=False)
-            else:
-                x = execution.run_block(block, x, mask)
-        return self.norm(x[:, L:])  # [B, L, D]
+        generated, order = tokens.gather(1, order).T, order.T  # [L, B], in generation order
+        class_token = self.embed_labels(self.label_dropout(labels))  # [1, B, D]
+        context = self.embed_tokens(generated[:-1], order[:-1])  # [L - 1, B, D]
+        x = torch.cat([class_token, context, self.embed_queries(order)])  # [2L, B, D]
+        return self.features(x, self.training_mask(tuple(group_sizes), x.device))
 
-    # Decoding: one group at a time.
+    def training_mask(self, group_sizes, device):
+        """The `Mask` of a training pass."""
+        suitable = torch.float32 if device.type == "cpu" else torch.bool
+        return cached_training_mask(group_sizes, device, self.execution.mask or suitable)
+
+    # Decoding (engine/decoding.py): one group at a time.
+
+    def new_kv_cache(self, batch):
+        """Room for what the rows of `batch` images are projected to, [depth, 1 + L, B, 3D]: on a GPU in this
+        order, so that products write there; on a CPU image by image, as its attention reads fastest."""
+        c, weight = self.config, self.head.weight
+        rows, width = 1 + c.num_tokens, 3 * c.embed_dim
+        given = {"dtype": weight.dtype, "device": weight.device}
+        if weight.device.type == "cpu":
+            return torch.empty(c.depth, batch, rows, width, **given).transpose(1, 2)
+        return torch.empty(c.depth, rows, batch, width, **given)
 
     def bf16_linears(self):
         """Store the weights of all linears in bfloat16, for decoding; returns self.
@@ -219,32 +243,6 @@ class LPD(Pretrained, nn.Module):
             if isinstance(module, nn.Linear):
                 module.bfloat16()
         return self
-
-    def predict(self, context, queries, kv_cache):
-        """One decoding step: takes in the newest context, predicts any set of positions at once. No dropout.
-
-        Args:
-            context: [B, c, D], from `embed_labels` (first step) or `embed_tokens` (the group before).
-            queries: [B, n, D], rows of `query_table`.
-            kv_cache: from `new_kv_cache`; afterwards it also holds the c context rows.
-        Returns:
-            logits [B, n, V].
-        """
-        c = context.shape[1]
-        x = torch.cat([context, queries], dim=1)  # [B, c + n, D]
-        for block in self.blocks[:-1]:
-            x = block.decode(x, kv_cache, c)  # [B, c + n, D]
-        x = self.blocks[-1].decode(x, kv_cache, c, first=c)  # [B, n, D]; the context's output is not needed
-        kv_cache.keep(c)
-        return self.head(self.norm(x))  # [B, n, V]
-
-    def new_kv_cache(self, batch):
-        """An empty KV cache for generating `batch` images."""
-        c, weight = self.config, self.head.weight
-        return KVCache(
-            c.depth, batch, c.num_heads, c.num_tokens + 1, c.embed_dim // c.num_heads,
-            dtype=weight.dtype, device=weight.device,
-        )
 
     # Weights of other sizes and files.
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import main_lpd
-from orders.lpd_order import ORDER_KINDS
+from engine.generate import ORDERS
 from scripts.cli.job import run_command
 from util import cli
 from util.files import read_json, write_csv
@@ -34,7 +34,7 @@ def parse_args(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     parser = cli.Parser(usage="sweep.py [LISTS] -- COMMAND", description="Evaluate combinations of settings")
-    parser.add_argument("--orders", choices=ORDER_KINDS, nargs="+")
+    parser.add_argument("--orders", choices=ORDERS, nargs="+")
     parser.add_argument("--steps", type=cli.number(int, 1), nargs="+")
     parser.add_argument("--cfg", type=cli.number(float, 0), nargs="+", help="guidance scales")
     parser.add_argument("--seeds", type=cli.number(int, 0), nargs="+")

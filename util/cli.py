@@ -229,25 +229,6 @@ def add_class_names_flag(parser):
     parser.add_argument("--class_names", metavar="FILE", help="one name per line, if the weights have none")
 
 
-ORDER_FLAGS = (
-    "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold",
-    "repulsion_threshold",
-)
-
-
-def add_order_flags(parser, *, from_file=True):
-    """ORDER_FLAGS: the schedule of group sizes and the generation order."""
-    add = parser.add_argument
-    add("--generation_steps", type=number(int, 1), help="decoding steps; default: 20 for 256 tokens")
-    add("--group_sizes", action=GroupSizes, nargs="+", help="tokens of each step")
-    kinds = ["lpd", "spread", "halton", "random", "raster"]
-    add("--order", default="lpd", choices=kinds, help="if no file is given")
-    if from_file:
-        add("--lpd_order_file", metavar="FILE", help="precomputed, .npy or .json, or hf://")
-    add("--proximity_threshold", type=number(float, 0), default=1.0, help="least score of a near cell")
-    add("--repulsion_threshold", type=number(float, 0), help="least spacing; default: 2 on 16x16")
-
-
 # Checks before anything slow starts.
 
 

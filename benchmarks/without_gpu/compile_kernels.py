@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.without_gpu import fake_cuda
 from benchmarks.without_gpu.count_kernels import fake_inputs
-from engine.fast import FLEX_ROWS, FastDecoder, compiled_execution
-from engine.fused import FusedSteps
+from engine.decoding import decode as decode_steps
+from engine.fast import FLEX_ROWS, FastDecoder, compiled_lpd, compiled_parts, with_compiled_layers
 from engine.sampling import Sampling
 from models import layers
 from models.lpd import LPD, LPD_CONFIGS
-from models.masks import _mask_mod
+from models.masks import Mask, _mask_mod, cached_decoding_mask
 from models.vqgan import VQConfig, VQModel
 from orders.schedule import cosine_group_sizes
 from util import cli
@@ -47,15 +47,16 @@ def decode(sampling, batch, decoder=False):
     with fake_cuda.RecordingMode(allow_non_fake_inputs=True), torch.inference_mode():
         with torch.device("cuda"):
             model, tokenizer = LPD(config).eval().bf16_linears(), VQModel(VQConfig()).eval()
-        steps = FusedSteps(model, cosine_group_sizes(256, 4), sampling)
-        tokens = steps(fake_inputs(batch, 256))
+        cached_decoding_mask.cache_clear()  # its tensors belong to the mode before
+        given = fake_inputs(batch, 256), cosine_group_sizes(256, 4), sampling
+        tokens, _ = decode_steps(with_compiled_layers(model), *given, parts=compiled_parts())
         decoding = FastDecoder(tokenizer, torch.bfloat16, fused=True)
         if decoder:
             decoding.decode(tokens)
 
 
 def fake_mask(L):
-    """The mask of a training pass as `compiled_execution` chooses it, without values."""
+    """What the rows of a training pass see, in the form that `compiled_lpd` chooses, without values."""
     if 2 * L < FLEX_ROWS:
         return torch.zeros(2 * L, 2 * L, dtype=torch.bfloat16)
     blocks = 2 * L // 128
@@ -94,11 +95,11 @@ def compile_for_gpu(graph, inputs):
     return make_boxed_func(graph.forward)
 
 
-def attend_on_gpu(q, k, v, mask=None):
+def attend_on_gpu(q, k, v, mask):
     """`attend` as a GPU takes it."""
-    if isinstance(mask, BlockMask):
-        return flex_attention.flex_attention(q, k, v, block_mask=mask)
-    return fake_cuda.SDPA(q, k, v, attn_mask=mask)
+    if isinstance(mask.seen, BlockMask):
+        return flex_attention.flex_attention(q, k, v, block_mask=mask.seen)
+    return fake_cuda.SDPA(q, k, v, attn_mask=mask.seen)
 
 
 def train(grid_size, batch, checkpointing=False):
@@ -106,13 +107,11 @@ def train(grid_size, batch, checkpointing=False):
     config = dataclasses.replace(LPD_CONFIGS["lpd_l"], grid_size=grid_size, depth=1)
     compiler, L = {"fw_compiler": compile_for_gpu, "bw_compiler": compile_for_gpu}, grid_size**2
     backend = aot_autograd(**compiler, decompositions=select_decomp_table(), partition_fn=partition)
-    execution = compiled_execution(config, torch.device("cpu"), backend=backend)
+    given = {"backend": backend, "grad_checkpointing": checkpointing, "loss_rows": None}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        mask = fake_mask(L)
-        execution = dataclasses.replace(
-            execution, mask=lambda *_: mask, grad_checkpointing=checkpointing, loss_rows=None
-        )
-        model = LPD(config, execution).train()
+        mask = Mask(L, fake_mask(L))
+        model = compiled_lpd(config, torch.device("cpu"), **given).train()
+        model.training_mask = lambda *_: mask
         tokens, order = (torch.zeros(batch, L, dtype=torch.int64) for _ in range(2))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(tokens, torch.zeros(batch).long(), order, cosine_group_sizes(L, 8))

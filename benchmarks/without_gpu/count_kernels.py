@@ -15,9 +15,8 @@ import torch
 
 from benchmarks.without_gpu import fake_cuda
 from benchmarks.without_gpu.fake_cuda import RECORDER
-from engine import generate
-from engine.fast import FastDecoder
-from engine.fused import FusedSteps
+from engine.decoding import Parts, decode
+from engine.fast import FastDecoder, compiled_parts, with_compiled_layers
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
@@ -56,18 +55,17 @@ def in_part(name, function):
 
 def paths(model, tokenizer, group_sizes, sampling):
     """(steps, decoder) of each path by name; steps turn `decoding_inputs` into tokens."""
-    for name in ("guide", "gumbel_noise", "sample"):  # the plain steps call them there
-        setattr(generate, name, in_part("sampling", getattr(generate, name)))
     dtype = model.head.weight.dtype
 
-    def plain(inputs):
-        return generate.decode_steps(model, inputs, group_sizes, sampling)
+    def steps(model, parts):
+        parts = parts._replace(draw=in_part("sampling", parts.draw))
+        return lambda inputs: decode(model, inputs, group_sizes, sampling, parts=parts)[0]
 
-    fused = FusedSteps(model, group_sizes, sampling)
-    fused.draw = in_part("sampling", fused.draw)
     return {
-        "plain": (plain, FastDecoder(tokenizer, dtype)),
-        "compiled": (fused, FastDecoder(tokenizer, dtype, fused=True)),
+        "plain": (steps(model, Parts()), FastDecoder(tokenizer, dtype)),
+        "compiled": (
+            steps(with_compiled_layers(model), compiled_parts()), FastDecoder(tokenizer, dtype, fused=True)
+        ),
     }
 
 

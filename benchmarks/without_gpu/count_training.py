@@ -17,6 +17,7 @@ import torch
 import main_lpd
 from benchmarks.without_gpu import fake_cuda
 from models.lpd import LPD, LPD_CONFIGS, Execution
+from models.masks import Mask
 from orders.schedule import cosine_group_sizes
 from util import cli
 
@@ -66,9 +67,9 @@ def memory(config, batch, *, grad_checkpointing=False, ema=False):
     """Gigabytes by what they are for."""
     with fake_cuda.FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
-            mask = torch.empty(2 * config.num_tokens, 2 * config.num_tokens, dtype=torch.bool)
-            execution = Execution(mask=lambda *_: mask, grad_checkpointing=grad_checkpointing)
-            model = LPD(config, execution).train()
+            L, execution = config.num_tokens, Execution(grad_checkpointing=grad_checkpointing)
+            mask, model = Mask(L, torch.empty(2 * L, 2 * L, dtype=torch.bool)), LPD(config, execution).train()
+            model.training_mask = lambda *_: mask
         weights = sum(parameter.numel() for parameter in model.parameters())
         kept, largest = kept_bytes(model, batch)
     parts = {"state": weights * (16 + 4 * ema) / GB, "kept": kept / GB, "temporaries": 2 * largest / GB}

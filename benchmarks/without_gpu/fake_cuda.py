@@ -28,7 +28,7 @@ H100 = SimpleNamespace(
 NO_KERNEL = {
     "_reshape_alias", "_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty",
     "lift_fresh", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "device",
-    "_nnpack_available",
+    "_nnpack_available", "dropout",  # in eval mode
 }
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "unique"}
 PRODUCTS = {"mm", "addmm", "bmm", "linear", "matmul"}

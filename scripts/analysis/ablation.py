@@ -17,8 +17,8 @@ from tqdm import trange
 
 from engine.data import CachedTokens, ImageStream
 from engine.train import TrainConfig, new_state, train_step
-from models.lpd import LPD_CONFIGS, Execution
-from models.masks import training_mask
+from models.lpd import LPD, LPD_CONFIGS
+from models.masks import Mask, training_mask
 from orders.lpd_order import ORDER_KINDS, make_orders
 from orders.schedule import cosine_group_sizes, training_steps
 from scripts.analysis import images
@@ -51,20 +51,31 @@ def parse_args(argv=None):
 
 @lru_cache(maxsize=64)
 def mask_of(variant, group_sizes, device):
-    """`training_mask` [2L, 2L] in which the queries of a group see of one another what `variant` says."""
-    mask = training_mask(group_sizes)
-    L = len(mask) // 2
-    among = mask[L:, L:]  # a view
+    """The training `Mask` in which the queries of a group see of one another what `variant` says."""
+    seen = training_mask(group_sizes)
+    L = len(seen) // 2
+    among = seen[L:, L:]  # a view
     if variant == "context only":
         among.copy_(torch.eye(L, dtype=torch.bool))
     elif variant == "those before":
         among.tril_()
-    return mask.to(device)
+    return Mask(L, torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).to(device))
+
+
+class Ablated(LPD):
+    """An LPD with the mask of a variant."""
+
+    def __init__(self, config, variant):
+        super().__init__(config)
+        self.variant = variant
+
+    def training_mask(self, group_sizes, device):
+        return mask_of(self.variant, group_sizes, device)
 
 
 def train(args, config, variant, cache, device):
     """A model of that variant, trained; in eval mode."""
-    state = new_state(config, device, Execution(mask=partial(mask_of, variant)))
+    state = new_state(config, device, build=partial(Ablated, variant=variant))
     world, stream = World(0, 1, device), ImageStream(len(cache), config.seed, config.global_batch)
     batches = CachedTokens(cache).batches(stream.micro_batches(range(args.train_steps), world))
     state.model.train()

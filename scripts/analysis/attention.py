@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.generate import default_steps
-from models.lpd import LPD, Execution
+from models.masks import training_mask
 from orders.lpd_order import random_orders
 from orders.schedule import cosine_group_sizes
 from scripts.analysis import images
@@ -32,17 +32,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def attention_weights(block, x, mask):
-    """The weights of a block's attention: x [B, N, D], mask bool [N, N] -> [B, H, N, N]."""
-    B, N, D = x.shape
-    heads = block.attn.num_heads
-    q, k, _ = block.attn.qkv(block.norm1(x)).view(B, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-1, -2) * (D // heads) ** -0.5
+def attention_weights(attention, x, mask):
+    """The weights of an `Attention` of x [N, B, D], mask bool [N, N] -> [B, H, N, N]."""
+    q, k, _ = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 1, 3, 0, 4)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
 class Recorder:
-    """A `run_block` of `Execution` that notes what the queries of a batch look at.
+    """A forward hook of each `Attention` that notes what the queries of a batch look at.
 
     Bins are the rounded distances to tokens of the context, then CLASS and GROUP. After `start(order)` and a
     forward, `paid` has per layer the weight that a query gives to each bin in all, [B, H, bins]; `maps` per
@@ -56,9 +54,9 @@ class Recorder:
         distance = torch.hypot(y[:, None] - y, x[:, None] - x)
         self.distance = distance.round().long()  # [L, L] of positions
 
-    def start(self, order):
-        """Begin a batch with these orders, int64 [B, L]."""
-        B, L = order.shape
+    def start(self, order, mask):
+        """Begin a batch with these orders, int64 [B, L], under a mask, bool [2L, 2L]."""
+        (B, L), self.mask = order.shape, mask
         self.order, self.paid, self.maps = order, [], []
         far = int(self.distance.max()) + 1
         bins = torch.full((B, L, 2 * L), far + 1, device=order.device)  # GROUP
@@ -73,14 +71,13 @@ class Recorder:
         bins = self.bins[:, None].expand(weights.shape).flatten(2)
         return weights.new_zeros(B, H, self.num_bins).scatter_add_(2, bins, weights.flatten(2)) / L
 
-    def __call__(self, block, x, mask):
+    def __call__(self, attention, inputs, _output):
         L = self.order.shape[1]
-        weights = attention_weights(block, x, mask)[:, :, L:]  # [B, H, L, 2L]
+        weights = attention_weights(attention, inputs[0], self.mask)[:, :, L:]  # [B, H, L, 2L]
         self.paid.append(self.by_bin(weights))
         slots = (self.order == self.centre).nonzero()[:, 1]
         own = weights.mean(dim=1)[torch.arange(len(slots)), slots, 1:L]  # [B, L - 1]
         self.maps.append(torch.zeros_like(own[:, :1]).repeat(1, L).scatter_(1, self.order[:, :-1], own))
-        return block(x, mask)
 
 
 @torch.inference_mode()
@@ -89,18 +86,19 @@ def measure(model, tokens, labels, group_sizes, seed):
     mean map of the centre's query [layers, L]."""
     device, L = model.pos_embed.device, tokens.shape[1]
     recorder = Recorder(model.config.grid_size)
-    recording = LPD(model.config, Execution(run_block=recorder)).to(device).eval()
-    recording.load_state_dict(model.state_dict())
+    hooks = [block.attn.register_forward_hook(recorder) for block in model.blocks]
     orders = torch.from_numpy(random_orders(len(tokens), model.config.grid_size, seed=seed).astype(np.int64))
-    visible = recording.execution.mask(group_sizes, device)[L:].float()  # [L, 2L]
+    mask = training_mask(group_sizes).to(device)  # [2L, 2L]
     paid, seen, maps = [], [], []
     for batch in zip(*(x.split(BATCH) for x in (tokens, labels, orders)), strict=True):
         batch = [part.to(device) for part in batch]
-        recorder.start(batch[2])
-        recording(*batch, group_sizes)
+        recorder.start(batch[2], mask)
+        model(*batch, group_sizes)
         paid.append(torch.stack(recorder.paid, dim=1).cpu())
-        seen.append(recorder.by_bin(visible.expand(len(batch[2]), 1, -1, -1))[:, 0].cpu())
+        seen.append(recorder.by_bin(mask[L:].float().expand(len(batch[2]), 1, -1, -1))[:, 0].cpu())
         maps.append(torch.stack(recorder.maps, dim=1).cpu())
+    for hook in hooks:
+        hook.remove()
     return torch.cat(paid).numpy(), torch.cat(seen).numpy(), torch.cat(maps).mean(dim=0).numpy()
 
 

@@ -7,18 +7,21 @@ Every combination is measured once and kept in OUT; to resume, run the same agai
 processes share the combinations. There is no guidance: it defines no likelihood.
 """
 
+from util import cli  # isort: skip
 import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from engine.generate import resolve_settings
+from engine.generate import ORDERS, resolve_settings
+from engine.likelihood import decided_order
 from models.weights import state_digest
-from orders.lpd_order import ORDER_KINDS
+from orders.policies import POLICIES
 from scripts.analysis import images
-from util import cli, distributed
+from util import distributed
 from util.files import atomic, read_arrays, read_json, refuse_changes, value_digest, write_csv, write_json
 from util.pictures import save_curves
 
@@ -44,16 +47,17 @@ class Setting:
 
     def generation(self, grid_size, num_images, seed):
         """The `GenerationSettings` with the schedule that the order is made for."""
-        is_file = self.order not in ORDER_KINDS
+        is_file = self.order not in ORDERS
         return resolve_settings(
             grid_size, seed=seed, num_images=num_images, generation_steps=self.steps,
             order="raster" if is_file else self.order, lpd_order_file=self.order if is_file else None,
-            proximity_threshold=self.proximity or 0.0, repulsion_threshold=self.repulsion or 0.0,
+            proximity_threshold=self.proximity or 0.0, repulsion_threshold=self.repulsion,
         )
 
     def sequential(self, num_tokens):
         """The same order, decoded one token at a time; most orders do not depend on the schedule."""
-        steps = num_tokens if self.proximity is None else self.steps
+        depends = self.proximity is not None or self.order in POLICIES
+        steps = self.steps if depends else num_tokens
         return Setting(self.order, steps, num_tokens, self.proximity, self.repulsion)
 
 
@@ -63,7 +67,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output_dir", metavar="DIR")
     add("--orders", nargs="+", default=["halton", "lpd", "random"], metavar="ORDER",
-        help=f"{', '.join(ORDER_KINDS)}, or order files; the first is what the others are compared with")
+        help=f"{', '.join(ORDERS)}, or order files; the first is what the others are compared with")
     add("--steps", type=cli.number(int, 1), nargs="+", default=[4, 8, 16])
     add("--proximity_threshold", type=cli.number(float, 0), nargs="+", default=[1.0], help="of lpd")
     add("--repulsion_threshold", type=cli.number(float, 0), nargs="+", default=[1.0], help="of lpd")
@@ -92,7 +96,14 @@ def measure(model, data, setting, args):
     """
     tokens, labels = data
     plan = setting.generation(model.config.grid_size, len(tokens), args.seed)
-    orders = plan.orders(np.arange(len(tokens))).numpy()
+    orders = plan.orders(np.arange(len(tokens)))
+    if callable(orders):
+        batches = torch.arange(len(tokens)).split(args.batch_size)
+        given = {"group_sizes": plan.group_sizes, "seed": args.seed}
+        orders = torch.cat([
+            decided_order(model, orders, tokens[ids], labels[ids], image_ids=ids, **given) for ids in batches
+        ])
+    orders = orders.numpy()
     sizes = plan.group_sizes if setting.decoded == setting.steps else (1,) * tokens.shape[1]
     return images.token_bits(model, tokens, labels, orders, sizes, args.batch_size), orders
 

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from core.teacher import decoded_logits
 
 from engine import generate as engine
-from engine.generate import edit_tokens, generate_images, generate_tokens, resolve_settings, whole_order
+from engine.decoding import Progress, edit_tokens, generate_tokens, whole_order
+from engine.generate import generate_images, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD, NO_LABEL
 from models.weights import save_weights, state_digest
 from orders.lpd_order import make_orders, random_orders
+from orders.policies import Confident
 from orders.schedule import cosine_group_sizes
 
 KINDS = ["lpd", "random", "raster", "halton"]
@@ -29,7 +32,7 @@ class MockModel:
     """Has the methods that decoding uses, known logits, and a record of what it was asked.
 
     With a label, position p of 16 has code `(5 * p + 1) % 32` as the likeliest. Without one, all codes are
-    equal. A context row is (label or code, its position or -1 for a label); a query is its position.
+    equal. A context row is (label or code, its position or -1 for a label); a query is (-2, its position).
     """
 
     config = SimpleNamespace(num_tokens=L)
@@ -43,22 +46,26 @@ class MockModel:
 
     def new_kv_cache(self, batch):
         self.batches.append(batch)
+        return torch.empty(1, 1 + L, batch, 1)
 
     def embed_labels(self, labels):
         self.has_label = labels != NO_LABEL
-        return torch.stack([labels, torch.full_like(labels, -1)], dim=-1)[:, None]
+        return torch.stack([labels, torch.full_like(labels, -1)], dim=-1)[None]  # [1, R, 2]
 
     def embed_tokens(self, tokens, positions):
-        return torch.stack([tokens, positions], dim=-1)
+        return torch.stack([tokens, positions], dim=-1)  # [c, B, 2]
 
     def query_table(self):
-        return torch.arange(L)[:, None]
+        return torch.stack([torch.full((L,), -2), torch.arange(L)], dim=-1)  # [L, 2]
 
-    def predict(self, context, queries, kv_cache):
-        positions = queries[..., 0]
-        self.contexts.append(context)
-        self.positions.append(positions)
-        return torch.where(self.has_label[:, None, None], self.cond[positions], self.uncond[positions])
+    def features(self, x, mask, kv_cache):
+        context, positions = x[: mask.context], x[mask.context :, :, 1]
+        self.contexts.append(context.transpose(0, 1))  # [R, c, 2]
+        self.positions.append(positions.T)  # [R, n]
+        return positions
+
+    def head(self, positions):
+        return torch.where(self.has_label[:, None], self.cond[positions], self.uncond[positions])  # [n, R, V]
 
 
 def generate(model, sampling=GREEDY, n=3, **options):
@@ -153,20 +160,11 @@ LABELS = torch.tensor([0, 3, NO_LABEL])
 
 
 class Recorder(LPD):
-    """An LPD that records the logits and the shapes of its decoding steps."""
+    """An LPD that records the rows and the mask's context rows of its decoding steps."""
 
-    def predict(self, context, queries, kv_cache):
-        logits = super().predict(context, queries, kv_cache)
-        self.steps.append((tuple(context.shape[:2]), queries.shape[1], logits))
-        return logits
-
-
-@pytest.fixture
-def recorder(tiny_lpd):
-    model = Recorder(tiny_lpd.config).eval()
-    model.load_state_dict(tiny_lpd.state_dict())
-    model.steps = []
-    return model
+    def features(self, x, mask, kv_cache):
+        self.steps.append((x.shape[1], mask.context, len(x) - mask.context))
+        return super().features(x, mask, kv_cache)
 
 
 def random_keep(count, n=3):
@@ -194,7 +192,7 @@ def edit(model, count, sampling=GREEDY, steps=3, kind="lpd", **options):
 @pytest.mark.parametrize("count", [1, 7, 14])
 def test_kept_tokens_stay_and_the_others_fill_in_by_groups(tiny_lpd, count, sampling):
     seen = []
-    on_group = lambda partial, slots: seen.append((partial.clone(), slots))  # noqa: E731
+    on_group = lambda partial, slots, _: seen.append((partial.clone(), slots))  # noqa: E731
     edited, tokens, keep, sizes = edit(tiny_lpd, count, sampling, steps=2, on_group=on_group)
     assert torch.equal(edited[keep], tokens[keep])
     assert (edited[~keep] != tokens[~keep]).any()
@@ -221,28 +219,30 @@ def test_keeping_everything_is_a_copy(tiny_lpd):
 
 @pytest.mark.parametrize("kind", ["lpd", "random", "raster"])
 @pytest.mark.parametrize("count", [0, 1, 7, 14])
-def test_cached_step_by_step_decoding_equals_one_masked_training_pass(recorder, count, kind):
+def test_cached_step_by_step_decoding_equals_one_masked_training_pass(tiny_lpd, count, kind):
     """Kept tokens are its first group. 1e-5: the same fp32 sums in another order; logits are of size 1."""
-    edited, _, keep, sizes = edit(recorder, count, steps=2, kind=kind)
+    edited, _, keep, sizes = edit(tiny_lpd, count, steps=2, kind=kind)
     whole = whole_order(keep, orders_beside(keep, sizes, kind))
     with torch.no_grad():
-        expected = recorder(edited, LABELS, whole, (count, *sizes) if count else sizes)[:, count:]
+        expected = tiny_lpd(edited, LABELS, whole, (count, *sizes) if count else sizes)[:, count:]
     assert torch.equal(expected.argmax(dim=-1), edited.gather(1, whole)[:, count:])  # `edit` is greedy
-    logits = torch.cat([logits for *_, logits in recorder.steps], dim=1)
+    logits = decoded_logits(tiny_lpd, edited, LABELS, whole, sizes, known=count)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_kept_tokens_enter_in_one_pass_after_the_class_token(recorder):
-    *_, sizes = edit(recorder, 6, Sampling(cfg=2.0))
+def test_kept_tokens_enter_in_one_pass_after_the_class_token(tiny_lpd):
+    model = Recorder(tiny_lpd.config).eval()
+    model.load_state_dict(tiny_lpd.state_dict())
+    model.steps = []
+    *_, sizes = edit(model, 6, Sampling(cfg=2.0))
     assert sizes == (1, 4, 5)
-    shapes = [(context, queries) for context, queries, _ in recorder.steps]
-    assert shapes == [((6, 1), 0), ((6, 6), 1), ((6, 1), 4), ((6, 4), 5)]
+    assert model.steps == [(6, 1, 0), (6, 6, 1), (6, 1, 4), (6, 4, 5)]
 
 
 def test_kept_tokens_count_as_slots_of_guidance(tiny_lpd, monkeypatch):
     """Linear guidance of 5 after 12 of 16 kept tokens starts at 1 + 4 * 12 / 16."""
     scales = []
-    monkeypatch.setattr("engine.generate.guide", lambda cond, uncond, s: scales.extend(s.tolist()) or cond)
+    monkeypatch.setattr("engine.decoding.guide", lambda cond, uncond, s: scales.extend(s.tolist()) or cond)
     edit(tiny_lpd, 12, Sampling(cfg=5.0), steps=2)
     assert scales == [4.0, 4.25, 4.5, 4.75]
 
@@ -281,6 +281,88 @@ def test_wrong_edits_are_refused(tiny_lpd, change, message):
     arguments = {"tokens": random_tokens(), "keep": KEEP, "order": OTHERS, "group_sizes": (1, 9), **change}
     with pytest.raises(ValueError, match=message):
         edit_tokens(tiny_lpd, labels=LABELS, **arguments)
+
+
+# Orders that are decided in the loop.
+
+
+class Backwards:
+    """A policy that takes the highest positions that are left, and notes what it was handed."""
+
+    looks = False
+
+    def __init__(self):
+        self.handed = []
+
+    def __call__(self, size, progress):
+        self.handed.append(progress)
+        return progress.cells.argsort(dim=1, descending=True)[:, :size]
+
+
+def test_a_policy_gives_what_its_order_gives(tiny_lpd):
+    """With guidance, and with known tokens; it is handed what is known when each group's turn comes."""
+    policy, sampling, backwards = Backwards(), Sampling(cfg=3.0), torch.arange(L - 1, -1, -1).expand(3, L)
+    tokens, order = generate_tokens(tiny_lpd, LABELS, policy, GROUPS, sampling, return_order=True)
+    assert torch.equal(order, backwards)
+    assert torch.equal(tokens, generate_tokens(tiny_lpd, LABELS, backwards, GROUPS, sampling))
+    for progress, slot in zip(policy.handed, (0, 1, 4, 9), strict=True):
+        filled = torch.zeros(3, L, dtype=torch.bool).scatter(1, backwards[:, :slot], True)
+        assert torch.equal(progress.filled, filled) and progress.logits is None
+        assert torch.equal(progress.tokens, torch.where(filled, tokens, 0))
+        assert torch.equal(progress.cells.sort(dim=1).values, (~filled).nonzero()[:, 1].view(3, -1))
+    keep, given = random_keep(6), (random_tokens(), random_keep(6), LABELS)
+    order = (~keep).nonzero()[:, 1].view(3, -1).flip(1)
+    expected = edit_tokens(tiny_lpd, *given, order, (1, 4, 5), sampling)
+    assert torch.equal(edit_tokens(tiny_lpd, *given, Backwards(), (1, 4, 5), sampling), expected)
+
+
+class Looking(Backwards):
+    looks = True
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg=3.0)], ids=str)
+def test_rows_that_look_see_the_context_alone_and_change_nothing(tiny_lpd, sampling):
+    """What is seen of a cell is its logit as a group of one that follows all groups but the last. 3e-5: the
+    same fp32 sums in another order, times the guidance scale."""
+    policy, backwards = Looking(), torch.arange(L - 1, -1, -1).expand(3, L)
+    tokens = generate_tokens(tiny_lpd, LABELS, policy, GROUPS, sampling)
+    assert torch.equal(tokens, generate_tokens(tiny_lpd, LABELS, backwards, GROUPS, sampling))
+    for step, progress in enumerate(policy.handed[1:]):
+        before, slot = sum(GROUPS[:step]), sum(GROUPS[: step + 1])
+        for i, cell in enumerate(progress.cells[0].tolist()):
+            others = [p for p in range(L - before - 1, -1, -1) if p != cell]
+            order = torch.cat([backwards[0, :before], torch.tensor([cell, *others])]).expand(3, L)
+            sizes = (*GROUPS[:step], 1, L - before - 1)
+            cond, uncond = (
+                decoded_logits(tiny_lpd, tokens, labels, order, sizes)[:, before]
+                for labels in (LABELS, torch.full((3,), NO_LABEL))
+            )
+            alone = uncond + (1 + (sampling.cfg - 1) * (slot + i) / L) * (cond - uncond)
+            torch.testing.assert_close(progress.logits[:, i], alone, rtol=0, atol=3e-5)
+
+
+def test_confident_takes_the_least_entropy_apart():
+    """Cells 5, 6 and 15 are certain, 6 less than 5; 5 and 6 are neighbours on the 4x4 grid."""
+    sharpness = torch.ones(1, L)
+    sharpness[0, [5, 6, 15]] = torch.tensor([9.0, 8.0, 7.0])
+    logits = sharpness[..., None] * torch.eye(4)[0]
+    cells = torch.arange(L)[None]
+    progress = Progress(cells, torch.rand(1, L), logits, None, None)
+    assert Confident(4, 2.0)(2, progress).tolist() == [[5, 15]]
+    assert Confident(4, 1.0)(2, progress).tolist() == [[5, 6]]
+    everything = Confident(4, 2.0)(L, progress)  # none is left that is far enough: the near ones follow
+    assert torch.equal(everything.sort(dim=1).values, cells)
+
+
+def test_an_image_of_a_policy_does_not_depend_on_the_batch(tiny_lpd):
+    given = GROUPS, Sampling(cfg=3.0, top_p=0.9)
+    ids = torch.arange(8)
+    together = generate_tokens(tiny_lpd, ids % 5, Confident(4, 1.5), *given, return_order=True, seed=3)
+    assert len({tuple(row) for row in together[1].tolist()}) > 1
+    for i in ids.split(1):
+        own = {"return_order": True, "seed": 3, "image_ids": i}
+        alone = generate_tokens(tiny_lpd, i % 5, Confident(4, 1.5), *given, **own)
+        assert all(torch.equal(a, b[i]) for a, b in zip(alone, together, strict=True))
 
 
 # Settings.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.generate import generate_tokens
+from engine.decoding import generate_tokens
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig
 from models.vqgan import VQConfig, VQModel

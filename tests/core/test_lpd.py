@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from core.teacher import decoded_logits
 
+from engine.sampling import Sampling
 from models.layers import MLP, attend, attend_in_products
 from models.lpd import LPD, NO_LABEL, Execution, resize_pos_embed
 from models.masks import cached_training_mask
@@ -41,18 +43,19 @@ def test_cached_decoding_equals_the_masked_pass(tiny_lpd, group_sizes, kind):
     tokens, labels = examples(tiny_lpd.config, 3)
     with torch.no_grad():
         expected = tiny_lpd(tokens, labels, order, group_sizes)
-        kv_cache, context, logits = tiny_lpd.new_kv_cache(3), tiny_lpd.embed_labels(labels), []
-        for positions in order.split(group_sizes, dim=1):
-            logits.append(tiny_lpd.predict(context, tiny_lpd.query_table()[positions], kv_cache))
-            context = tiny_lpd.embed_tokens(tokens.gather(1, positions), positions)
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-5)
+    logits = decoded_logits(tiny_lpd, tokens, labels, order, group_sizes)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_a_full_kv_cache_refuses_more_rows(tiny_lpd):
-    kv_cache = tiny_lpd.new_kv_cache(1)
-    kv_cache.keep(10)
-    with pytest.raises(ValueError, match="17 rows, 18 are needed"):
-        kv_cache.extend(0, torch.zeros(1, 8, 2, 4, 8))
+def test_guided_decoding_equals_two_masked_passes(tiny_lpd):
+    """3e-5: as above, times the guidance scale."""
+    order, (tokens, labels) = orders_of("lpd", 3), examples(tiny_lpd.config, 3)
+    with torch.no_grad():
+        cond = tiny_lpd(tokens, labels, order, GROUPS)
+        uncond = tiny_lpd(tokens, torch.full((3,), NO_LABEL), order, GROUPS)
+    expected = uncond + (1 + 2 * torch.arange(16) / 16)[:, None] * (cond - uncond)
+    logits = decoded_logits(tiny_lpd, tokens, labels, order, GROUPS, Sampling(cfg=3.0))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5)
 
 
 # layers
@@ -67,8 +70,9 @@ def test_attention_on_a_cpu_equals_one_fused_call_with_gradients(attention, dtyp
     inputs = [torch.randn(2, 4, 32, 8, generator=generator, requires_grad=True) for _ in range(3)]
     fused_in = [x.detach().clone().requires_grad_() for x in inputs]
     mask = cached_training_mask(GROUPS, torch.device("cpu"), torch.float32)
-    out = attention(*(x.to(dtype) for x in inputs), mask.to(dtype))
-    fused = F.scaled_dot_product_attention(*fused_in, attn_mask=mask)
+    given = mask if attention is attend else mask.seen.to(dtype)
+    out = attention(*(x.to(dtype) for x in inputs), given)
+    fused = F.scaled_dot_product_attention(*fused_in, attn_mask=mask.seen)
     weights = torch.randn(fused.shape, generator=generator)
     for result in (out, fused):
         (result.float() * weights).sum().backward()
@@ -90,11 +94,14 @@ def test_the_activation_is_the_exact_gelu():
 # the training pass
 
 
-def loss_and_gradients(config, execution=None, bf16=False):
-    """The training loss of three images, dropout on, and its gradient for every parameter."""
+def loss_and_gradients(config, execution=None, bf16=False, hook=None):
+    """The training loss of three images, dropout on, and its gradient for every parameter; `hook` is called
+    whenever a block begins."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LPD(config, execution or Execution()).train()
+        for block in model.blocks if hook else ():
+            block.register_forward_pre_hook(hook)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model.loss(*examples(config, 3), orders_of("random", 3), GROUPS)
         loss.backward()
@@ -131,14 +138,8 @@ def test_the_logits_of_a_chunked_loss_never_exist_all_at_once(tiny_config):
 def test_gradient_checkpointing_changes_no_bit_of_the_gradients(tiny_config):
     """Dropout is on: recomputing runs the same operations with the same random numbers. That it recomputes at
     all shows in each block running twice."""
-    runs = []
-
-    def run_block(block, x, mask):
-        runs.append(block)
-        return block(x, mask)
-
-    execution = Execution(run_block=run_block, grad_checkpointing=True)
-    checkpointed = loss_and_gradients(tiny_config, execution)
+    runs, execution = [], Execution(grad_checkpointing=True)
+    checkpointed = loss_and_gradients(tiny_config, execution, hook=lambda block, *_: runs.append(block))
     assert len(runs) == 2 * tiny_config.depth
     plain = loss_and_gradients(tiny_config)
     assert all(torch.equal(a, b) for a, b in zip(checkpointed, plain, strict=True))
@@ -162,7 +163,7 @@ def test_labels_are_dropped_in_training_only_and_at_the_given_rate(tiny_config):
 def test_an_image_without_a_label_gets_the_fake_latent(tiny_lpd):
     token = tiny_lpd.embed_labels(torch.tensor([NO_LABEL, 2]))
     expected = torch.cat([tiny_lpd.fake_latent, tiny_lpd.class_emb.weight[2:3]]) + tiny_lpd.pos_embed[0, 0]
-    assert torch.equal(token[:, 0], tiny_lpd.z_proj_ln(expected))
+    assert torch.equal(token[0], tiny_lpd.z_proj_ln(expected))
 
 
 # position embeddings of another grid

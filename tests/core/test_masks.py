@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from models.layers import Attention, KVCache, attend
-from models.masks import cached_block_mask, cached_training_mask, training_mask
+from models.layers import Attention, attend
+from models.masks import Mask, cached_decoding_mask, cached_training_mask, decoding_mask, training_mask
 from orders.schedule import cosine_group_sizes
 
 CPU = torch.device("cpu")
@@ -37,6 +37,17 @@ DECODING_2_2_3 = """
     1 1   1 1   1 1 1
 """
 
+# Two cached rows, one new context row, a query, and three rows that only look.
+LOOKING_2_1_1_3 = """
+    1 1   1   0   0 0 0
+
+    1 1   1   1   0 0 0
+
+    1 1   1   0   1 0 0
+    1 1   1   0   0 1 0
+    1 1   1   0   0 0 1
+"""
+
 
 def picture(text):
     """A bool tensor from rows of 0 and 1."""
@@ -49,25 +60,32 @@ def test_training_mask_matches_the_picture():
 
 
 @torch.no_grad()
-def decoding_step(rows):
-    """What a decoding step gives for two context rows and three queries, after two cached rows."""
+def decoding_step(rows, mask):
+    """What a decoding step gives for the rows after the first two, which are cached."""
     torch.manual_seed(0)
-    attention = Attention(8, 2, 0.0, layer=0)
-    kv_cache = KVCache(1, 1, 2, 7, 4, dtype=torch.float32, device="cpu")
-    attention.decode(rows[None, :2], kv_cache, 2, 0)
-    kv_cache.keep(2)
-    return attention.decode(rows[None, 2:], kv_cache, 2, 0)[0]
+    attention, kv = Attention(8, 2, 0.0), torch.empty(7, 1, 24)
+    attention(rows[:2, None], Mask(2), kv[:2])
+    return attention(rows[2:, None], mask, kv)[:, 0]
 
 
-def test_decoding_attention_matches_the_picture():
+@pytest.mark.parametrize("text, mask", [
+    (DECODING_2_2_3, Mask(2)),
+    (DECODING_2_2_3, Mask(2, decoding_mask(2, 3, 0, 7))),
+    (LOOKING_2_1_1_3, cached_decoding_mask(1, 1, 3, 7, torch.float32, CPU)),
+], ids=["two calls", "one mask", "looking"])
+def test_decoding_attention_matches_the_picture(text, mask):
     """Changing a visible row changes the result; changing a hidden one changes no bit of it."""
     rows = torch.randn(7, 8, generator=torch.Generator().manual_seed(1))
-    before = decoding_step(rows)
+    before = decoding_step(rows, mask)
     columns = []
     for column in range(7):
         perturbed = rows + torch.eye(7)[:, [column]]
-        columns.append((decoding_step(perturbed) != before).any(dim=1))
-    assert torch.equal(torch.stack(columns, dim=1), picture(DECODING_2_2_3))
+        columns.append((decoding_step(perturbed, mask) != before).any(dim=1))
+    assert torch.equal(torch.stack(columns, dim=1), picture(text))
+
+
+def test_rows_of_a_decoding_mask_begin_at_multiples_of_eight_values():
+    assert cached_decoding_mask(1, 1, 3, 7, torch.float32, CPU).seen.stride() == (8, 1)
 
 
 # what the masks hide from the model
@@ -103,14 +121,14 @@ def test_the_label_changes_the_logits_of_every_group(tiny_lpd):
 
 
 def test_the_additive_mask_is_zero_where_a_row_is_visible_and_minus_infinity_elsewhere():
-    mask = cached_training_mask((1, 2, 3), CPU, dtype=torch.float32)
-    assert torch.equal(mask.exp(), picture(GROUPS_1_2_3).float())
+    mask = cached_training_mask((1, 2, 3), CPU, torch.float32)
+    assert mask.context == 6 and torch.equal(mask.seen.exp(), picture(GROUPS_1_2_3).float())
 
 
 @pytest.mark.parametrize("group_sizes", [(1, 2, 3), (1, 15), (1,) * 16, cosine_group_sizes(64, 8)], ids=len)
 def test_the_block_mask_equals_the_training_mask(group_sizes):
     rows = 2 * sum(group_sizes)
-    mask_mod = cached_block_mask(group_sizes, CPU).mask_mod
+    mask_mod = cached_training_mask(group_sizes, CPU, "flex").seen.mask_mod
     assert torch.equal(create_mask(mask_mod, 1, 1, rows, rows, "cpu")[0, 0], training_mask(group_sizes))
 
 
@@ -120,8 +138,9 @@ def test_flex_attention_with_skipped_blocks_equals_masked_attention():
     group_sizes = (1, 40, 100, 115)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 512, 16, generator=generator) for _ in range(3))
-    block_mask = cached_block_mask(group_sizes, CPU)
-    assert block_mask.sparsity() > 10
+    mask = cached_training_mask(group_sizes, CPU, "flex")
+    assert mask.seen.sparsity() > 10
     with torch.no_grad():
-        flex = torch.compile(attend, backend="eager")(q, k, v, block_mask)
-        torch.testing.assert_close(flex, attend(q, k, v, training_mask(group_sizes)), rtol=0, atol=1e-5)
+        flex = torch.compile(attend, backend="eager")(q, k, v, mask)
+        plain = attend(q, k, v, cached_training_mask(group_sizes, CPU, torch.float32))
+        torch.testing.assert_close(flex, plain, rtol=0, atol=1e-5)

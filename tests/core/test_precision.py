@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.teacher import decoded_logits
 
+from engine.decoding import generate_tokens
 from engine.fast import packed
-from engine.generate import Sampling, generate_tokens, resolve_settings
-from models.lpd import LPD, NO_LABEL, LPDConfig
+from engine.generate import resolve_settings
+from engine.sampling import Sampling
+from models.lpd import LPD, LPDConfig
 
 SHIPPED = Path(__file__).resolve().parents[2] / "assets/fashion_mnist/lpd.safetensors"
 CFG, IMAGES = 4.8, 2
@@ -27,22 +30,6 @@ def deep_model():
         return LPD(LPDConfig(grid_size=8, vocab_size=512, num_classes=10, **sizes)).eval()
 
 
-@torch.inference_mode()
-def guided_logits(model, tokens, labels, settings, orders):
-    """Teacher-forced logits of all decoding steps, float32 [B, L, V], in generation order."""
-    labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
-    kv_cache, queries = model.new_kv_cache(len(labels)), model.query_table()
-    context = model.embed_labels(labels)
-    parts, slot = [], 0
-    for size in settings.group_sizes:
-        positions = orders[:, slot : slot + size]
-        cond, uncond = model.predict(context, queries[positions].repeat(2, 1, 1), kv_cache).float().chunk(2)
-        parts.append(uncond + CFG * (cond - uncond))
-        context = model.embed_tokens(tokens.gather(1, positions), positions).repeat(2, 1, 1)
-        slot += size
-    return torch.cat(parts, dim=1)
-
-
 def compare(logits, reference):
     """(mean KL divergence from the reference, share of equal likeliest tokens)."""
     p, q = reference.log_softmax(-1), logits.log_softmax(-1)
@@ -56,15 +43,19 @@ def test_bf16_generation_is_as_near_to_float32_as_the_published_autocast(make_mo
     settings = resolve_settings(8, generation_steps=8, sampling=Sampling(cfg=CFG))
     orders = settings.orders(range(IMAGES))
     tokens = generate_tokens(model, labels, orders, settings.group_sizes, settings.sampling)
-    reference = guided_logits(model, tokens, labels, settings, orders)
+
+    def logits_of(model):
+        return decoded_logits(model, tokens, labels, orders, settings.group_sizes, settings.sampling)
+
+    reference = logits_of(model)
     with torch.autocast("cpu", torch.bfloat16):
-        published = guided_logits(model, tokens, labels, settings, orders)
+        published = logits_of(model)
     published_kl, published_same = compare(published, reference)
     half = copy.deepcopy(model).bf16_linears()
-    kl, same = compare(guided_logits(half, tokens, labels, settings, orders), reference)
+    kl, same = compare(logits_of(half), reference)
     assert 0 < kl <= 1.05 * published_kl
     assert same >= published_same - 0.005
-    kl, same = compare(guided_logits(packed(half), tokens, labels, settings, orders), reference)
+    kl, same = compare(logits_of(packed(half)), reference)
     assert 0 < kl <= 1.05 * published_kl
     assert same >= published_same - 0.005
 

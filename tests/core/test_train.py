@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine.train
 from engine import loop
 from engine.data import ImageStream, own_part
-from engine.generate import generate_tokens
+from engine.decoding import generate_tokens
 from engine.loop import NonFiniteGuard, RunningMeans
 from engine.sampling import Sampling
 from engine.train import (

@@ -11,7 +11,7 @@ from processes import finished
 
 from engine.likelihood import token_nll
 from models.lpd import LPD
-from models.masks import training_mask
+from models.masks import Mask, training_mask
 from orders.lpd_order import make_orders
 from orders.schedule import cosine_group_sizes
 from scripts.analysis import ablation, attention, likelihood
@@ -53,6 +53,20 @@ def test_bits_are_those_of_token_nll_on_evenly_spaced_images(measured):
     assert read_json(measured / "likelihood.json")[2]["rule"] == "lpd p1 r1"
     assert np.array_equal(found["orders"], orders)
     bits = token_nll(model, *inputs, sizes).numpy() / math.log(2)
+    np.testing.assert_allclose(found["bits"], bits, atol=1e-4)
+
+
+def test_bits_of_a_policy_are_those_of_the_order_it_decides(tmp_path):
+    finished(call_main(likelihood.main, *likelihood_flags(tmp_path, orders=["confident"], steps=[3])))
+    found = read_arrays(tmp_path / "confident_3_3.npz", ["bits", "orders"])
+    alone = read_arrays(tmp_path / "confident_3_16.npz", ["bits", "orders"])
+    assert np.array_equal(np.sort(found["orders"], axis=1), np.tile(np.arange(16), (6, 1)))
+    assert np.array_equal(found["orders"], alone["orders"]) and (found["bits"] != alone["bits"]).any()
+    tokens, sizes = TokenCache(token_cache()), cosine_group_sizes(16, 3)
+    indices = np.arange(6) * 3
+    given = tokens.tokens(indices, 0 * indices), tokens.labels[indices], found["orders"]
+    inputs = (torch.from_numpy(x.astype(np.int64)) for x in given)
+    bits = token_nll(LPD.load(trained() / "lpd.safetensors")[0], *inputs, sizes).numpy() / math.log(2)
     np.testing.assert_allclose(found["bits"], bits, atol=1e-4)
 
 
@@ -105,16 +119,16 @@ def test_bad_input_is_refused_before_anything_is_written(changes, message, tmp_p
 # attention
 
 
-def test_attention_weights_give_the_output_of_the_block(tiny_lpd):
+def test_attention_weights_give_the_output_of_the_layer(tiny_lpd):
     """1e-6: fp32, the same sums in another order."""
-    block, mask = tiny_lpd.blocks[0], training_mask((1, 3, 5, 7))
-    x = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    layer, seen = tiny_lpd.blocks[0].attn, training_mask((1, 3, 5, 7))
+    x = torch.randn(32, 2, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        weights = attention.attention_weights(block, x, mask)
-        assert (weights[:, :, ~mask] == 0).all()
-        v = block.attn.qkv(block.norm1(x))[..., 64:].view(2, 32, 4, 8).transpose(1, 2)
-        found = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(found, block.attn(block.norm1(x), mask), rtol=0, atol=1e-6)
+        weights = attention.attention_weights(layer, x, seen)
+        assert (weights[:, :, ~seen] == 0).all()
+        v = layer.qkv(x)[..., 64:].view(32, 2, 4, 8).permute(1, 2, 0, 3)  # [B, H, N, d]
+        found = layer.proj((weights @ v).permute(2, 0, 1, 3).flatten(2))
+        torch.testing.assert_close(found, layer(x, Mask(16, seen)), rtol=0, atol=1e-6)
 
 
 def test_a_query_pays_all_of_its_weight_and_sees_all_tokens_before_its_group(tmp_path):
@@ -134,7 +148,7 @@ def test_a_query_pays_all_of_its_weight_and_sees_all_tokens_before_its_group(tmp
 
 def test_what_queries_of_a_group_see_of_one_another():
     masks = {name: ablation.mask_of(name, (1, 2), torch.device("cpu")) for name in ablation.VARIANTS}
-    assert {name: mask[3:, 3:].int().tolist() for name, mask in masks.items()} == {
+    assert {name: mask.seen[3:, 3:].exp().int().tolist() for name, mask in masks.items()} == {
         "each other": [[1, 0, 0], [0, 1, 1], [0, 1, 1]],
         "context only": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
         "those before": [[1, 0, 0], [0, 1, 0], [0, 1, 1]],

@@ -89,6 +89,7 @@ def only_result(folder):
 # The numbers.
 
 
+@pytest.mark.long
 def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path, monkeypatch):
     """The promised 1e-3. From the same bytes, float32 features in other batches leave about 1e-5. Four real
     images leave three eigenvalues that are not zero, of 2,048 that take ten seconds."""

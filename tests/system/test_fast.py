@@ -12,21 +12,22 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import bench_generate
+from engine.decoding import generate_tokens
 from engine.fast import (
     FastDecoder,
     FastGenerator,
     PackedLinear,
     can_pack,
-    compiled_execution,
+    compiled,
     for_inference,
     packed,
 )
-from engine.fused import FusedSteps, compiled, step_mask
-from engine.generate import generate_images, generate_tokens
+from engine.generate import generate_images
 from engine.sampling import Sampling
-from models.lpd import LPD, Execution
-from models.masks import cached_block_mask, cached_training_mask
+from models.lpd import LPD
+from models.masks import Mask
 from orders.lpd_order import make_orders
+from orders.policies import Confident
 from orders.schedule import cosine_group_sizes
 
 CPU = torch.device("cpu")
@@ -90,10 +91,20 @@ def test_fast_tokens_are_the_plain_ones(tiny_lpd, fast, sampling):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_fused_steps_give_the_plain_tokens(tiny_lpd, sampling):
-    fast = FastGenerator(tiny_lpd, capture=CountingCapture(), fused=FusedSteps)
+def test_compiled_layers_and_parts_give_the_plain_tokens(tiny_lpd, sampling):
+    fast = FastGenerator(tiny_lpd, capture=CountingCapture(), backend="inductor")
     with torch.compiler.set_stance("force_eager"):
         check_batches(tiny_lpd, fast, sampling)
+
+
+def test_a_policy_is_captured_once_and_gives_the_plain_tokens(tiny_lpd, fast):
+    policy, sampling = Confident(4, 1.5), Sampling(cfg=3.0)
+    for first, n in ((0, 4), (9, 3)):
+        labels, _, ids = examples(n, first)
+        expected = generate_tokens(tiny_lpd, labels, policy, GROUPS, sampling, image_ids=ids)
+        made = fast.generate_tokens(labels, policy, GROUPS, sampling, image_ids=ids)
+        assert torch.equal(made, expected)
+    assert fast.capture.captured == 1
 
 
 def frames_of(models, schedules=(5, 9)):
@@ -102,7 +113,7 @@ def frames_of(models, schedules=(5, 9)):
     compiled.cache_clear()
     counted, counts = CompileCounterWithBackend("eager"), []
     for model, steps in itertools.product(models, schedules):
-        fast = FastGenerator(model, fused=partial(FusedSteps, backend=counted))
+        fast = FastGenerator(model, backend=counted)
         order = torch.rand(20, 16).argsort(dim=1)
         fast.generate_tokens(torch.zeros(20).long(), order, cosine_group_sizes(16, steps), Sampling(cfg=2.0))
         counts.append(counted.frame_count)
@@ -110,26 +121,19 @@ def frames_of(models, schedules=(5, 9)):
     return counts
 
 
-def test_fused_steps_compile_once_for_all_layers_and_few_times_for_all_group_sizes(tiny_lpd):
+def test_decoding_compiles_once_for_all_layers_and_few_times_for_all_group_sizes(tiny_lpd):
     """Another schedule compiles only sizes of 1 and new classes of size; another model nothing, but in torch
     2.6 everything once more."""
     shallow, deep = (LPD(dataclasses.replace(tiny_lpd.config, depth=depth)).eval() for depth in (2, 6))
-    alone, both = frames_of([deep]), frames_of([shallow, deep])
-    oldest = torch.__version__.startswith("2.6")
-    assert alone == both[:2] and alone[-1] <= (20 if oldest else 12)
-    assert both[-1] == both[1] or oldest
-
-
-def test_a_mask_row_of_context_sees_no_query():
-    expected = [[0, 0, 0, -1, -1], [0, 0, 0, -1, -1], [0] * 5, [0] * 5]  # -1: -inf
-    mask = step_mask(2, 2, 5, torch.float32, CPU)
-    assert mask.stride() == (8, 1) and mask.clamp(min=-1).tolist() == expected
+    counts, oldest = frames_of([shallow, deep]), torch.__version__.startswith("2.6")
+    assert counts[1] <= (20 if oldest else 12)
+    assert counts[-1] == counts[1] or oldest
 
 
 @pytest.mark.long
-def test_fused_steps_as_inductor_compiles_them_give_the_plain_tokens(tiny_lpd):
-    sampling = Sampling(cfg=3.0, top_k=20, top_p=0.9)
-    check_batches(tiny_lpd, FastGenerator(tiny_lpd, capture=CountingCapture(), fused=FusedSteps), sampling)
+def test_decoding_as_inductor_compiles_it_gives_the_plain_tokens(tiny_lpd):
+    fast = FastGenerator(tiny_lpd, capture=CountingCapture(), backend="inductor")
+    check_batches(tiny_lpd, fast, Sampling(cfg=3.0, top_k=20, top_p=0.9))
 
 
 def test_fast_images_are_the_plain_ones(tiny_lpd, tiny_vq, fast):
@@ -158,7 +162,7 @@ def test_each_setting_is_captured_once_and_the_least_recently_used_is_dropped(fa
 def test_callbacks_and_wrong_arguments_capture_nothing(fast):
     filled = []
     for method in (fast.generate_tokens, fast.generate_images):
-        method(*examples(2)[:2], GROUPS, on_group=lambda tokens, slots: filled.append(slots))
+        method(*examples(2)[:2], GROUPS, on_group=lambda tokens, slots, _: filled.append(slots))
     assert filled == [1, 4, 9, 16] * 2
     with pytest.raises(ValueError, match="sum to 15"):
         fast.generate_tokens(*examples(2)[:2], (1, 3, 5, 6))
@@ -168,8 +172,9 @@ def test_callbacks_and_wrong_arguments_capture_nothing(fast):
 @torch.inference_mode()
 def first_logits(model):
     """Logits [3, L, V] of one step that queries all positions, given the class token."""
-    queries = model.query_table().repeat(3, 1, 1)
-    return model.predict(model.embed_labels(torch.arange(3)), queries, model.new_kv_cache(3))
+    queries = model.query_table()[:, None].expand(-1, 3, -1)
+    x = torch.cat([model.embed_labels(torch.arange(3)), queries])
+    return model.head(model.features(x, Mask(1), model.new_kv_cache(3))).transpose(0, 1)
 
 
 def test_logits_of_packed_linears_and_of_bfloat16(tiny_lpd):
@@ -189,7 +194,7 @@ def num_plain_linears(model):
 def frames(model, **options):
     """The tokens of three images after each group, [groups, B, L]."""
     (labels, order, _), seen = examples(3), []
-    generate_tokens(model, labels, order, **options, on_group=lambda tokens, _: seen.append(tokens.clone()))
+    generate_tokens(model, labels, order, **options, on_group=lambda tokens, *_: seen.append(tokens.clone()))
     return torch.stack(seen)
 
 
@@ -227,44 +232,6 @@ def test_fast_decoder_gives_the_pixels_of_the_tokenizer(tiny_vq):
         assert half.dtype == torch.float32
         assert (half - expected).square().mean() < (2**-5.3 * expected.std()) ** 2
         assert torch.equal(tiny_vq.decode(tokens), expected)  # the tokenizer is as before
-
-
-# Training.
-
-
-def gradients(plain, execution, group_sizes, device=CPU):
-    """The loss of three images and its gradient for all parameters, as one vector."""
-    model = LPD(plain.config, execution).to(device)
-    model.load_state_dict(plain.state_dict())
-    labels, order, _ = (x.to(device) for x in examples(3))
-    tokens = torch.arange(48, device=device).view(3, 16) % 32
-    loss = model.eval().loss(tokens, labels, order, group_sizes)
-    loss.backward()
-    return torch.cat([loss.detach()[None], *(parameter.grad.flatten() for parameter in model.parameters())])
-
-
-def test_compiled_training_gives_the_same_gradients_and_compiles_once(counted, tiny_lpd):
-    """Twelve schedules: more than dynamo's limit of 8 recompilations, after which it would not compile. 1e-5:
-    the same fp32 sums in another order; gradients are of size 0.01 to 1."""
-    execution = compiled_execution(tiny_lpd.config, CPU, backend=counted)
-    for steps in range(2, 14):
-        sizes = cosine_group_sizes(16, steps)
-        fast, plain = (gradients(tiny_lpd, e, sizes) for e in (execution, Execution()))
-        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
-    assert counted.frame_count == 1
-
-
-def test_flex_attention_gives_the_same_logits_and_compiles_once(counted, tiny_lpd):
-    """Forward only: on a CPU FlexAttention has no backward."""
-    run_block = compiled_execution(tiny_lpd.config, CPU, backend=counted).run_block
-    flex = LPD(tiny_lpd.config, Execution(run_block, mask=cached_block_mask)).eval()
-    flex.load_state_dict(tiny_lpd.state_dict())
-    tokens = torch.arange(48).view(3, 16) % 32
-    with torch.no_grad():
-        for steps in range(2, 14):
-            inputs = tokens, *examples(3)[:2], cosine_group_sizes(16, steps)
-            torch.testing.assert_close(flex(*inputs), tiny_lpd(*inputs), rtol=0, atol=1e-5)
-    assert counted.frame_count == 1
 
 
 # The benchmark.
@@ -328,17 +295,3 @@ def test_decoding_never_waits_for_the_gpu(tiny_lpd, tiny_vq, captured):
         make(*arguments, image_ids=ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mask", [cached_block_mask, cached_training_mask])
-def test_compiled_training_on_a_gpu_gives_the_same_gradients(tiny_lpd, mask):
-    """1e-3 of gradients of size 0.1: fp32 kernels that may take tensor cores' short products."""
-    device = torch.device("cuda")
-    run_block = compiled_execution(tiny_lpd.config, device).run_block
-    for steps in (4, 8, 16):
-        sizes = cosine_group_sizes(16, steps)
-        executions = Execution(run_block, mask, loss_rows=10), Execution()
-        fast, plain = (gradients(tiny_lpd, e, sizes, device) for e in executions)
-        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
