@@ -10,7 +10,7 @@ from datetime import date
 
 import torch
 
-from util.device import device_name, peak_memory, synchronize
+from util.device import device_name, matmul_rate, peak_memory, synchronize  # noqa: F401
 from util.files import write_json
 
 
@@ -32,21 +32,6 @@ def seconds_in_turns(functions, device, *, n=5, warm_up=1):
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def matmul_rate(device, dtype, *, size=None):
-    """Operations a second (two per multiply-add) of a square matrix product, the best of several.
-
-    `size` defaults to 2,048 on a CPU and 8,192 on a GPU, where both reach their rate; in bfloat16 to 512 on a
-    CPU, which may have no instructions for it and take minutes for more.
-    """
-    on_cpu = 2048 if dtype == torch.float32 else 512
-    size = size or (on_cpu if device.type == "cpu" else 8192)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    calls = 1 if device.type == "cpu" else 10  # so that a GPU's launch does not count
-    times = seconds_in_turns({"": lambda: [torch.mm(a, b, out=out) for _ in range(calls)]}, device, n=7)[""]
-    return 2 * size**3 * calls / min(times)
 
 
 def bandwidth(device, *, num_bytes=2**29):

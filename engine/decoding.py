@@ -140,10 +140,7 @@ def decode(
     labels, order, words = inputs  # [B], [B, L], [B, 2]
     order = order.clone() if policy else order
     inputs, L = (labels, order, words), order.shape[1]
-    branches, scales = 1, None
-    if sampling.cfg != 1:
-        labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])  # [R]
-        branches, scales = 2, guidance_scales(sampling, L, order.device)  # [L]
+    labels, branches, scales = with_guidance(labels, sampling, L)  # [R], R / B, [L]
     kv_cache, table = model.new_kv_cache(len(labels)), model.query_table()  # [.., 1 + L, R, 3D], [L, D]
     ids, start = [], 0  # of the slots so far, [B, c] each; rows in the KV cache
     if known is not None and known.shape[1]:
@@ -153,13 +150,9 @@ def decode(
         ids, start = [known.to(order)], 1
     slot, looks = sum(part.shape[1] for part in ids), policy is not None and policy.looks
     seen = None  # float32 [B, L - slot, V], logits of the cells that are left
-
-    def tokens_so_far():
-        return torch.zeros_like(order).scatter_(1, order[:, :slot], torch.cat([order[:, :0], *ids], dim=1))
-
     for n in group_sizes:
         if policy:
-            pick_group(policy, n, order, slot, words, seen, tokens_so_far())
+            pick_group(policy, n, order, slot, words, seen, in_raster_order(ids, order))
         q = L - slot if looks else n  # rows that predict, then rows that only look
         if ids:
             before = slot - ids[-1].shape[1]
@@ -178,8 +171,22 @@ def decode(
         if q > n:
             seen = parts.guided_logits(h[n:], model.head, scales, slot)  # [B, L - slot, V]
         if on_group is not None:
-            on_group(tokens_so_far(), slot, order)
-    return tokens_so_far(), order
+            on_group(in_raster_order(ids, order), slot, order)
+    return in_raster_order(ids, order), order
+
+
+def with_guidance(labels, sampling, num_tokens):
+    """Labels [R], branches R / B and guidance scales [L], or None without guidance."""
+    if sampling.cfg == 1:
+        return labels, 1, None
+    labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])  # [2B]
+    return labels, 2, guidance_scales(sampling, num_tokens, labels.device)
+
+
+def in_raster_order(ids, order):
+    """The ids of the first slots, [B, c] each, at their places in the image: int64 [B, L], elsewhere 0."""
+    ids = torch.cat([order[:, :0], *ids], dim=1)  # [B, slot]
+    return torch.zeros_like(order).scatter_(1, order[:, : ids.shape[1]], ids)
 
 
 def pick_group(policy, n, order, slot, words, logits, tokens):

@@ -1,24 +1,24 @@
-"""The loop of both trainers: signals, checkpoints, non-finite steps, and the log."""
+"""What happens between the steps of both trainers: signals, checkpoints, non-finite steps, and the log."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from engine.checkpoint import LAST, save_checkpoint
-from engine.data import ImageStream
 from util import distributed
 from util.cli import setting
-from util.device import AsyncScalar, peak_memory
+from util.device import AsyncScalar, matmul_rate, peak_memory
 from util.files import write_json
 
 SAVE_SECONDS = 300  # between checkpoints, unless their frequency is given
 MAX_IN_A_ROW = 10  # steps without a usable gradient that end a run
+RATE_AFTER = 60  # seconds of training, after which the device's rate is worth a second to measure
 LAG = 2  # steps after which their count is read: a GPU has it ready by then
 
 
@@ -43,77 +43,161 @@ class RunSettings:
     val_freq: float = setting(1.0, "epochs between validations; 0: none", least=0)
 
 
-@dataclass(frozen=True)
-class Training:
-    """What `run_training` needs to know about a training run. The functions are called on every process."""
+class TrainingLoop:
+    """What happens between the steps of a training, in either trainer:
 
-    stream: ImageStream
-    num_steps: int
-    clock: Callable  # steps done -> what frequencies count
-    take_step: Callable  # () takes one optimizer step, which it counts in `state.step`
-    metrics: Callable  # () -> dict of numbers for the log, of the steps since the last call
-    checkpoint: Callable  # () -> dict to save
-    validate: Callable | None = None  # () -> dict of numbers of held-out images; the model is as for hooks
-    describe: Callable = lambda step: {}  # step -> dict of facts for nonfinite_step.json, beside its images
+        with TrainingLoop(state, stream, run, world, log, checkpoint=...) as loop:
+            while loop.goes_on():
+                ...  # take a step, which counts itself in state.step
+                loop.after_step(good, values)
 
-
-def run_training(state, training, run, world, log):
-    """Take steps from `state.step` to the last. Nothing in a step waits for the device.
+    Nothing in it waits for the device but every `log_every` steps.
 
     Args:
-        state: has model, optimizer, step, guard and config. run: RunSettings. log: MetricsLog or None.
-    Raises:
-        Stopped: on a signal; LAST holds the last step.
-        LossNotFinite: ten steps in a row had no usable gradient, or weights are non-finite.
+        state: has model, optimizer, step, guard, and config, whose `clock(step)` is what frequencies count.
+        stream: the ImageStream of all steps. run: RunSettings. log: MetricsLog or None.
+        checkpoint: () -> dict to save. validate: () -> dict of numbers of held-out images, or None; the model
+            is as for hooks. describe: step -> dict of facts for nonfinite_step.json, beside its images. All
+            are called on every process.
     """
 
-    def due(every, at_end=False):
-        done, before = training.clock(state.step), training.clock(state.step - 1)
+    def __init__(self, state, stream, steps, run, world, log, *, checkpoint, validate=None, describe=None):
+        self.state, self.stream, self.steps, self.run = state, stream, steps, run
+        self.world, self.log = world, log
+        self.checkpoint, self.validate, self.describe = checkpoint, validate, describe or (lambda step: {})
+        self.means, self.save_timer, self.agreed = RunningMeans(), SaveTimer(), distributed.Agreement()
+        self.request, self.shown, self.waited = distributed.StopRequest(), {}, 0.0
+        self.begin, self.most = time.monotonic(), None
+
+    def __enter__(self):
+        first, silent = self.state.step, not self.world.is_main
+        self.request.__enter__()
+        self.bar = tqdm(total=self.steps, initial=first, unit="step", disable=silent, mininterval=2)
+        self.restart_clock()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        self.request.__exit__(*error)
+        if error[0] is None:
+            distributed.barrier()
+
+    def goes_on(self):
+        return self.state.step < self.steps
+
+    def timed(self, batches):
+        """The batches, with the time that they are waited for in the log."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - begin
+            yield batch
+
+    def after_step(self, good, values):
+        """Count a step's dict of scalars, on the device, if it was `good`; log, save, and call what is due.
+
+        Raises:
+            Stopped: on a signal; LAST holds the last step.
+            LossNotFinite: ten steps in a row had no usable gradient, or weights are non-finite.
+        """
+        state, run = self.state, self.run
+        self.means.add(good, values)
+        self.bar.update()
+        at_end, stop = state.step == self.steps, self.agreed(self.request.number)
+        if bad_steps := state.guard.check(state.step, at_end):
+            self.give_up(bad_steps)
+
+        hooks = [hook for every, hook in run.hooks if self.due(every, at_end)]
+        regular = state.step % run.log_every == 0
+        if run.save_last_freq is None:
+            save_last = regular and self.save_timer.due()
+        else:
+            save_last = self.due(run.save_last_freq)
+        save_last = save_last or at_end or stop or hooks  # hooks: one that fails must lose no steps
+        save_numbered = self.due(run.save_intermediate_freq)
+        validate = self.validate and self.due(run.val_freq, at_end)
+        to_log = regular or save_last or save_numbered or validate
+        if to_log:
+            self.log_line(validate)
+        if save_last:
+            self.save(LAST)
+            self.save_timer.restart()
+        if save_numbered:
+            self.save(numbered(state.config.clock(state.step), run.save_intermediate_freq))
+
+        if stop and not at_end:
+            distributed.barrier()  # the first process to exit ends the others, and must have saved
+            raise distributed.Stopped(stop, f"{LAST} holds step {state.step} of {self.steps}")
+        for hook in hooks:
+            with state.averaged(), distributed.main_alone():  # metrics, pictures
+                hook(state, self.log)
+        if to_log:
+            self.restart_clock()
+
+    def due(self, every, at_end=False):
+        done, before = (self.state.config.clock(self.state.step - ago) for ago in (0, 1))
         return every > 0 and (at_end or math.floor(done / every) > math.floor(before / every))
 
-    def save(name):
-        check_weights(state.model)
-        checkpoint = training.checkpoint()
-        if world.is_main:
-            save_checkpoint(Path(run.output_dir) / name, checkpoint)
+    def save(self, name):
+        check_weights(self.state.model)
+        checkpoint = self.checkpoint()
+        if self.world.is_main:
+            save_checkpoint(Path(self.run.output_dir) / name, checkpoint)
 
-    steps, agreed, timer = training.num_steps, distributed.Agreement(), SaveTimer()
-    progress = Progress(state, training, world, log)
-    with distributed.StopRequest() as request, progress as bar:
-        while state.step < steps:
-            training.take_step()
-            bar.update()
-            at_end, stop = state.step == steps, agreed(request.number)
-            if bad_steps := state.guard.check(state.step, at_end):
-                give_up(bad_steps, state.config.seed, training, run.output_dir, world)
+    def restart_clock(self):
+        self.start, self.first, self.waited = time.perf_counter(), self.state.step, 0.0
 
-            hooks = [hook for every, hook in run.hooks if due(every, at_end)]
-            regular = state.step % run.log_every == 0
-            if run.save_last_freq is None:
-                to_save = regular and timer.due()
-            else:
-                to_save = due(run.save_last_freq)
-            save_last = to_save or at_end or stop or hooks  # hooks: one that fails must lose no steps
-            save_numbered = due(run.save_intermediate_freq)
-            validate = training.validate and due(run.val_freq, at_end)
-            to_log = regular or save_last or save_numbered or validate
-            if to_log:
-                progress.log_line(validate)
-            if save_last:
-                save(LAST)
-                timer.restart()
-            if save_numbered:
-                save(numbered(training.clock(state.step), run.save_intermediate_freq))
+    def log_line(self, validate):
+        """Log the numbers of the steps since the last line, and of held-out images if `validate`."""
+        state = self.state
+        epoch = state.step * self.stream.global_batch / self.stream.num_images
+        values = {"epoch": round(epoch, 4), **self.means.read(self.world)}
+        values["lr"] = state.optimizer.param_groups[0]["lr"]
+        seconds, steps = time.perf_counter() - self.start, state.step - self.first
+        values["images_per_s"] = round(self.stream.global_batch * steps / seconds, 1)
+        values["data_wait"] = round(self.waited / seconds, 3)
+        if most := self.most_images_per_s():
+            values["share_of_matrix_rate"] = round(values["images_per_s"] / most, 3)
+        values["skipped"] = int(state.guard.skipped)
+        if memory := peak_memory(self.world.device):
+            values["gpu_memory_gib"] = round(memory / 2**30, 2)
+        if validate:
+            with state.averaged():
+                values |= self.validate()
+        self.shown |= values
+        self.bar.set_postfix(self.shown)
+        if self.log:
+            self.log.write(state.step, **values)
 
-            if stop and not at_end:
-                distributed.barrier()  # the first process to exit ends the others, and must have saved
-                raise distributed.Stopped(stop, f"{LAST} holds step {state.step} of {steps}")
-            for hook in hooks:
-                with state.averaged(), distributed.main_alone():  # metrics, pictures
-                    hook(state, log)
-            if to_log:
-                progress.restart_clock()
-    distributed.barrier()
+    def most_images_per_s(self):
+        """Images a second if all devices did a step's operations at the rate of large products, which is
+        measured on this one after RATE_AFTER seconds; None until then."""
+        if self.most is None and time.monotonic() - self.begin > RATE_AFTER:
+            dtype = torch.bfloat16 if self.state.config.bf16 else torch.float32
+            self.most = self.world.size * matmul_rate(self.world.device, dtype) / self.state.operations()
+        return self.most
+
+    def give_up(self, steps):
+        """Record in nonfinite_step.json what steps without a usable gradient were made of, and raise."""
+        stream, seed = self.stream, self.state.config.seed
+
+        def record(step):
+            images, views = (
+                part.reshape(stream.accum_iter, self.world.size, -1).swapaxes(0, 1).tolist()
+                for part in stream.images(step)
+            )  # [process][micro-batch][image]
+            return {"step": step, **self.describe(step), "images": images, "views": views}
+
+        path = Path(self.run.output_dir) / "nonfinite_step.json"
+        if self.world.is_main:
+            write_json(path, {"seed": seed, "steps": [record(step) for step in steps]})
+        distributed.barrier()
+        raise LossNotFinite(
+            f"no finite loss or gradient in steps {steps[0]}..{steps[-1]}, {len(steps)} in a row "
+            f"(seed {seed}): their images are in {path}"
+        )
 
 
 def numbered(done, every):
@@ -134,41 +218,6 @@ class SaveTimer:
     def due(self):
         old = time.monotonic() - self.start >= SAVE_SECONDS
         return bool(distributed.all_sum(torch.tensor(int(old))))
-
-
-class Progress:
-    """The bar and the log of a run, with its images per second (of steps alone) and its GPU memory."""
-
-    def __init__(self, state, training, world, log):
-        self.state, self.training, self.world, self.log, self.shown = state, training, world, log, {}
-        first, total, silent = state.step, training.num_steps, not world.is_main
-        self.bar = tqdm(total=total, initial=first, unit="step", disable=silent, mininterval=2)
-        self.restart_clock()
-
-    def __enter__(self):
-        return self.bar.__enter__()
-
-    def __exit__(self, *error):
-        return self.bar.__exit__(*error)
-
-    def restart_clock(self):
-        self.start, self.first = time.perf_counter(), self.state.step
-
-    def log_line(self, validate):
-        """Log the numbers of the steps since the last line, and of held-out images if `validate`."""
-        values, images = self.training.metrics(), self.training.stream.global_batch
-        seconds = time.perf_counter() - self.start
-        values["images_per_s"] = round(images * (self.state.step - self.first) / seconds, 1)
-        values["skipped"] = int(self.state.guard.skipped)
-        if memory := peak_memory(self.world.device):
-            values["gpu_memory_gib"] = round(memory / 2**30, 2)
-        if validate:
-            with self.state.averaged():
-                values |= self.training.validate()
-        self.shown |= values
-        self.bar.set_postfix(self.shown)
-        if self.log:
-            self.log.write(self.state.step, **values)
 
 
 class RunningMeans:
@@ -192,6 +241,14 @@ class RunningMeans:
         names = [*self.sums] if used else []
         self.__init__()
         return {name: round(mean, 5) for name, mean in zip(names, means.tolist(), strict=False)}
+
+
+def count_operations(loss_of_one):
+    """Operations, two per multiply-add, of the forward and backward pass of a function without arguments that
+    makes a model and its loss of one image: counted on the "meta" device, which computes nothing."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        loss_of_one().backward()
+    return counter.get_total_flops()
 
 
 def backward(loss):
@@ -247,23 +304,3 @@ def check_weights(model):
     good = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
     if not all(good):
         raise LossNotFinite(f"weights {names[good.index(False)]} are not finite: the last checkpoint is kept")
-
-
-def give_up(steps, seed, training, output_dir, world):
-    """Record in nonfinite_step.json what steps without a usable gradient were made of, and raise."""
-
-    def record(step):
-        images, views = (
-            part.reshape(training.stream.accum_iter, world.size, -1).swapaxes(0, 1).tolist()
-            for part in training.stream.images(step)
-        )  # [process][micro-batch][image]
-        return {"step": step, **training.describe(step), "images": images, "views": views}
-
-    path = Path(output_dir) / "nonfinite_step.json"
-    if world.is_main:
-        write_json(path, {"seed": seed, "steps": [record(step) for step in steps]})
-    distributed.barrier()
-    raise LossNotFinite(
-        f"no finite loss or gradient in steps {steps[0]}..{steps[-1]}, {len(steps)} in a row (seed {seed}): "
-        f"their images are in {path}"
-    )

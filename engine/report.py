@@ -83,7 +83,7 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
             state.model, tokenizer, labels, orders, settings.group_sizes, settings.sampling,
             seed=settings.seed,
         )
-        path = Path(output_dir) / "samples" / f"epoch-{state.config.epoch(state.step):07.2f}.png"
+        path = Path(output_dir) / "samples" / f"epoch-{state.config.clock(state.step):07.2f}.png"
         pictures.save_png(path, pictures.labelled_rows(images.cpu(), rows))
 
     return save_grid

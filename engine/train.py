@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps, own_part
 from engine.likelihood import token_nll
-from engine.loop import NonFiniteGuard, RunningMeans, Training, backward, optimizer_step, run_training
+from engine.loop import NonFiniteGuard, TrainingLoop, backward, count_operations, optimizer_step
 from models.lpd import LPD, LPDConfig
 from models.weights import save_weights
 from orders.schedule import cosine_group_sizes, in_brief
@@ -72,8 +72,8 @@ class TrainConfig:
     def num_steps(self):
         return num_steps(self.num_images, self.epochs, self.global_batch)
 
-    def epoch(self, step):
-        """Passes over the images after `step` steps."""
+    def clock(self, step):
+        """Epochs after `step` steps, which the frequencies of RunSettings count."""
         return step * self.global_batch / self.num_images
 
 
@@ -105,6 +105,16 @@ class TrainState:
         """Resume from a checkpoint. Raises ValueError as `restore`."""
         for name, average in restore(self, path, "ema")["ema"].items():
             self.ema[name].copy_(average)
+
+    def operations(self):
+        """Of a training step, for one image."""
+        c = self.config.model
+
+        def loss_of_one():
+            order = torch.zeros(1, c.num_tokens, dtype=torch.long)
+            return LPD(c).loss(order, order[:, 0], order, self.config.group_sizes[0])
+
+        return count_operations(loss_of_one)
 
     def start_from(self, name, class_names):
         """Start from the weights of a file, as `LPD.start_from`; so does the EMA, if there is one."""
@@ -177,7 +187,7 @@ def train_step(state, loss_of, world, accum_iter, micro_batches):
     """
     total = add_gradients(state, loss_of, world, accum_iter, micro_batches)
     config = state.config
-    lr = learning_rate(config, config.epoch(state.step))
+    lr = learning_rate(config, config.clock(state.step))
     norm = optimizer_step(state, lr, config.grad_clip or math.inf)
     if state.ema:
         weights = state.model.state_dict()
@@ -262,7 +272,7 @@ def validation(source, config, world):
 def train(state, sources, run, world, log, info):
     """Train from `state.step` to the end and write `lpd.safetensors`. `sources` are those of the training
     images and of the images held out, if any; `info` is a dict about the data, saved with the weights; the
-    rest is as in `run_training`."""
+    rest is as of `TrainingLoop`."""
     config, loss_of, (source, *held_out) = state.config, state.model.loss, sources
     if world.size > 1:
         loss_of = DistributedDataParallel(LossForDDP(state.model))
@@ -271,27 +281,22 @@ def train(state, sources, run, world, log, info):
         rehearse(state, loss_of, world, run.accum_iter)
     mirror = {"no_mirror": config.no_mirror}
     stream = ImageStream(config.num_images, config.seed, config.global_batch, run.accum_iter, **mirror)
-    micro_batches = source.batches(stream.micro_batches(range(state.step, config.num_steps), world))
-    means, val_loss = RunningMeans(), validation(*held_out, config, world) if held_out else None
-
-    def take_step():
-        loss, norm = train_step(state, loss_of, world, run.accum_iter, micro_batches)
-        means.add(norm.isfinite(), {"loss": loss, "grad_norm": norm})
-
-    def metrics():
-        lr = learning_rate(config, config.epoch(state.step - 1))
-        return {"epoch": round(config.epoch(state.step), 4), **means.read(world), "lr": lr}
+    batches = source.batches(stream.micro_batches(range(state.step, config.num_steps), world))
+    val_loss = validation(*held_out, config, world) if held_out else None
 
     def describe(step):
-        lr = learning_rate(config, config.epoch(step))
+        lr = learning_rate(config, config.clock(step))
         return {"group_sizes": draw_step(config, step)[0], "lr": lr}
 
-    training = Training(
-        stream, config.num_steps, clock=config.epoch, take_step=take_step, metrics=metrics,
-        checkpoint=lambda: checkpoint_of(state, info, ema=state.ema), describe=describe,
+    with TrainingLoop(
+        state, stream, config.num_steps, run, world, log, describe=describe,
+        checkpoint=lambda: checkpoint_of(state, info, ema=state.ema),
         validate=val_loss and (lambda: {"val_loss": round(val_loss(state.model), 5)}),
-    )
-    run_training(state, training, run, world, log)
+    ) as loop:
+        batches = loop.timed(batches)
+        while loop.goes_on():
+            loss, norm = train_step(state, loss_of, world, run.accum_iter, batches)
+            loop.after_step(norm.isfinite(), {"loss": loss, "grad_norm": norm})
     if world.is_main:
         path = Path(run.output_dir) / "lpd.safetensors"
         with state.averaged():

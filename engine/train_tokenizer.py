@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps
-from engine.loop import NonFiniteGuard, RunningMeans, Training, backward, optimizer_step, run_training
+from engine.loop import NonFiniteGuard, TrainingLoop, backward, count_operations, optimizer_step
 from models.vqgan import VQConfig, VQModel
 from models.weights import save_weights
 from util import distributed, pictures
@@ -49,6 +49,10 @@ class TokenizerTrainConfig:
             warmup_steps = min(100, num_steps(num_images, epochs, self.batch_size) // 10)
         return replace(self, epochs=epochs, warmup_steps=warmup_steps)
 
+    def clock(self, step):
+        """What the frequencies of RunSettings count: steps."""
+        return step
+
     def num_steps(self, num_images):
         """Steps of the whole run on that many images."""
         return num_steps(num_images, self.epochs, self.batch_size)
@@ -64,6 +68,17 @@ class TokenizerState:
     code_use: torch.Tensor  # [V], how often this process used each code since the last revival
     step: int = 0
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+
+    def operations(self):
+        """Of a training step, for one image."""
+        c = self.config
+
+        def loss_of_one():
+            pixels = torch.zeros(1, 3, c.img_size, c.img_size)
+            reconstruction, latents, codes, _ = VQModel(c.model)(pixels)
+            return sum(losses(pixels, reconstruction, latents, codes, c.commitment).values())
+
+        return count_operations(loss_of_one)
 
     def load(self, path, world):
         """Resume from a checkpoint. Raises ValueError as `restore`."""
@@ -152,14 +167,13 @@ def train_step(state, model, pixels, steps):
 
 def train_tokenizer(state, folder, run, world, log, num_workers=0):
     """Train from `state.step` to the end; `run` is a RunSettings whose frequencies count steps. Weights are
-    written with every checkpoint. Raises UnreadableImage, naming the file, and what `run_training` raises."""
-    config, means = state.config, RunningMeans()
+    written with every checkpoint. Raises UnreadableImage, naming the file, and what `TrainingLoop` raises."""
+    config = state.config
     steps = config.num_steps(len(folder))
     stream = ImageStream(len(folder), config.seed, config.batch_size, no_mirror=config.no_mirror)
     plan = stream.micro_batches(range(state.step, steps), world)
     loader = image_loader(folder, config.img_size, plan, num_workers)
     images = (torch.from_numpy(readable_pixels(items)[1]) for items in loader)
-    pixels = (to_unit(to_device(batch, world.device)) for batch in images)
     model = DistributedDataParallel(state.model) if world.size > 1 else state.model
     state.model.train()
     if world.size > 1:  # orders the buckets now: see `engine.train.rehearse`
@@ -167,23 +181,17 @@ def train_tokenizer(state, folder, run, world, log, num_workers=0):
         add_gradients(config, model, blank)
         state.optimizer.zero_grad(set_to_none=True)
 
-    def take_step():
-        values = train_step(state, model, next(pixels), steps)
-        means.add(values["grad_norm"].isfinite(), values)
-
-    def metrics():
-        epoch = round(state.step * config.batch_size / len(folder), 4)
-        return {"epoch": epoch, **means.read(world), "lr": state.optimizer.param_groups[0]["lr"]}
-
     def checkpoint():
         if world.is_main:
             save_weights(Path(run.output_dir) / WEIGHTS_FILE, state.model, img_size=config.img_size)
         return checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone()))
 
-    training = Training(
-        stream, steps, clock=lambda step: step, take_step=take_step, metrics=metrics, checkpoint=checkpoint
-    )
-    run_training(state, training, run, world, log)
+    with TrainingLoop(state, stream, steps, run, world, log, checkpoint=checkpoint) as loop:
+        images = loop.timed(images)
+        while loop.goes_on():
+            pixels = to_unit(to_device(next(images), world.device))
+            values = train_step(state, model, pixels, steps)
+            loop.after_step(values["grad_norm"].isfinite(), values)
 
 
 @torch.inference_mode()

@@ -52,7 +52,8 @@ def training_mask(group_sizes):
 def cached_training_mask(group_sizes, device, form=torch.bool):
     """The `Mask` of a training pass, made once per schedule: `training_mask` as bool, as what is added to
     scores of a floating-point dtype, or as the BlockMask of FlexAttention ("flex")."""
-    with torch.inference_mode(False):  # so that a mask made while sampling can serve a training step
+    # Not in inference mode, so that a mask made while sampling can serve a training step.
+    with torch.inference_mode(False), torch.device("cpu"):
         if form == "flex":
             return Mask(sum(group_sizes), _block_mask(group_sizes, device))
         seen = training_mask(group_sizes).to(device)

@@ -24,6 +24,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(path.stem for path in REPO.glob("main_*.py"))
 WAIT = 400  # seconds: no test waits longer for one event, on however busy a machine
+GRACE = 60  # seconds for the members of a group of which one has failed
 HIDDEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LPD_INCEPTION", "TORCHELASTIC_ERROR_FILE")
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -111,20 +112,22 @@ def fork(*words, cwd=None, out=os.devnull, err=os.devnull, **variables):
 
 def forked(*words, cwd=None, places=({},)):
     """The Outcome of `python WORDS`, as a process for each of `places`, which are variables that it gets. The
-    first that fails gives the exit status and ends the others."""
+    first that fails gives the exit status; the others are ended if they do not end by themselves."""
     with tempfile.TemporaryDirectory(prefix="lpd-processes-") as folder:
         logs = [[Path(folder, f"{rank}.{kind}") for kind in ("out", "err")] for rank in range(len(places))]
         processes = [
             fork(*words, cwd=cwd, out=out, err=err, **place)
             for place, (out, err) in zip(places, logs, strict=True)
         ]
-        end = time.monotonic() + WAIT
+        end, status = time.monotonic() + WAIT, 0
         while waiting := [process for process in processes if process.exitcode is None]:
             connection.wait([process.sentinel for process in waiting], max(0, end - time.monotonic()))
-            if time.monotonic() > end or any(process.exitcode for process in processes):
+            if time.monotonic() > end:
                 for process in waiting:
                     process.kill()
-        status = next((process.exitcode for process in processes if process.exitcode), 0)
+            failed = next((process.exitcode for process in processes if process.exitcode), 0)
+            if failed and not status:
+                status, end = failed, min(end, time.monotonic() + GRACE)
         out, err = ("".join(path.read_text() for path in kind) for kind in zip(*logs, strict=True))
         return Outcome(status, out, err)
 

@@ -120,6 +120,27 @@ class AsyncScalar:
         return self._value.item()
 
 
+def matmul_rate(device, dtype, *, size=None):
+    """Operations a second (two per multiply-add) of a square matrix product, the best of several.
+
+    `size` defaults to 2,048 on a CPU and 8,192 on a GPU, where both reach their rate; in bfloat16 to 512 on a
+    CPU, which may have no instructions for it and take minutes for more.
+    """
+    on_cpu = 2048 if dtype == torch.float32 else 512
+    size = size or (on_cpu if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out, seconds = torch.empty_like(a), []
+    calls = 1 if device.type == "cpu" else 10  # so that a GPU's launch does not count
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 * calls / min(seconds)
+
+
 class GraphCapture:
     """Turns functions without arguments into replays of themselves; all graphs share one memory pool.
 

@@ -3,6 +3,7 @@ what was started, where, by which command, with which versions."""
 
 import json
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def record_start(folder, **facts):
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv), "directory": str(Path.cwd()), "commit": git_commit(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": platform.node(), **facts,
+        "machine": platform.node(), "id": secrets.token_hex(8), **facts,
     }
     path = Path(folder) / "runs.jsonl"
     with naming(path), path.open("a") as file:

@@ -28,7 +28,7 @@ from models.weights import read_pth
 from util import cli
 from util.files import value_digest
 
-DURATIONS = ("seconds", "images_per_s")
+DURATIONS = ("seconds", "images_per_s", "data_wait", "share_of_matrix_rate")
 
 
 def order_flags(folder):

@@ -38,7 +38,8 @@ def save(state, path):
 
 def final_state(run):
     """All that training left in a run folder, but the time it took."""
-    untimed = [{k: v for k, v in line.items() if k != "images_per_s"} for line in read_metrics(run)]
+    timed = {"images_per_s", "data_wait", "share_of_matrix_rate"}
+    untimed = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(run)]
     return read_pth(run / LAST), read_weights(run / "lpd.safetensors"), untimed
 
 
@@ -208,6 +209,20 @@ def test_the_wait_for_the_main_process_in_a_hook_has_its_own_limit():
     with processes.group(1) as (place,):
         lines = finished(processes.forked("-c", WAITING, places=[place])).out.splitlines()
     assert lines[:2] == ["60", "43200"] and lines[2] == lines[3]
+
+
+def test_log_says_what_share_of_the_matrix_rate_a_step_reaches(tmp_path, monkeypatch):
+    """Counted by hand: lpd_micro has 4 blocks of width 128 and 32 rows; three times the forward pass."""
+    monkeypatch.setattr("engine.loop.RATE_AFTER", 0)
+    monkeypatch.setattr("engine.loop.matmul_rate", lambda device, dtype: 1e9)
+    finished(call("lpd", *train_flags(tmp_path, epochs=1)))
+    rows, width, codes = 2 * 16, 128, 64
+    linears = 4 * rows * 12 * width**2 + 16 * width * codes
+    operations = 3 * 2 * (linears + 4 * 2 * rows**2 * width)
+    for line in read_metrics(tmp_path):
+        assert 0 <= line["data_wait"] < 1
+        share = line["images_per_s"] * operations / 1e9
+        assert line["share_of_matrix_rate"] == pytest.approx(share, rel=0.02, abs=1e-3)
 
 
 # Several processes.
