@@ -46,7 +46,6 @@ def parse_args(argv=None):
     cli.add_folder_flags(training)
     add("--resume", metavar="DIR", help="run to resume if --output_dir has no checkpoint")
     add("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
-    add("--lr", type=cli.number(float, 0), help="default: blr * global batch / 256")
     add("--blr", type=cli.number(float, 0), default=1e-4)
     add("--group_sizes_list", action=cli.Schedules, nargs="+", help="step counts to train on, or a JSON file")
     add("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
@@ -161,7 +160,7 @@ def train_config(args, data, num_images, world):
         )
     config = cli.settings_from(
         TrainConfig, args, model=model, num_images=num_images, schedules=schedules, seed=args.seed,
-        global_batch=global_batch, lr=args.blr * global_batch / 256 if args.lr is None else args.lr,
+        global_batch=global_batch, blr=args.blr,
     )
     if not config.num_steps:
         raise ValueError(f"--epochs {args.epochs} of {num_images} images make no step of {global_batch}")

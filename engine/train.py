@@ -2,7 +2,7 @@
 
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from functools import cache, cached_property
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -38,7 +38,8 @@ class TrainConfig:
     schedules: tuple[int | tuple[int, ...], ...]
     epochs: float = setting(450.0, least=0)
     global_batch: int = 2048
-    lr: float = 8e-4
+    lr: float = setting(None, "default: blr * global batch / 256", kind=float, least=0)
+    blr: InitVar[float] = 1e-4
     min_lr: float = setting(1e-5, least=0)
     lr_schedule: str = setting("constant+cosine", choices=["constant", "cosine", "constant+cosine"])
     warmup_epochs: float = setting(None, "default: a ninth of the epochs, 50 of 450", kind=float, least=0)
@@ -52,7 +53,9 @@ class TrainConfig:
     no_mirror: bool = setting(False, "never mirror images, such as text or flags")
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self, blr):
+        if self.lr is None:
+            object.__setattr__(self, "lr", blr * self.global_batch / 256)
         L = self.model.num_tokens
         object.__setattr__(self, "schedules", tuple(in_brief(steps, L) for steps in self.schedules))
         phases = {"constant": [], "cosine": ["warmup_epochs"]}
