@@ -11,7 +11,7 @@ import torch
 
 from engine.sampling import Sampling, cell_noise, guidance_scales, guide, gumbel_noise, image_words, sample
 from models.lpd import NO_LABEL
-from models.masks import Mask, cached_decoding_mask
+from models.masks import Mask, cached_decoding_masks
 
 
 @torch.inference_mode()
@@ -35,17 +35,19 @@ def generate_tokens(
         int64 [B, L], raster order.
     """
     policy = order if callable(order) else None
-    if policy:
-        order = torch.arange(model.config.num_tokens).repeat(len(labels), 1)
     inputs = decoding_inputs(model, labels, order, group_sizes, seed=seed, image_ids=image_ids, known=known)
     tokens, order = decode(model, inputs, group_sizes, sampling, policy=policy, known=known, **options)
     return (tokens, order) if return_order else tokens
 
 
 def decoding_inputs(model, labels, order, group_sizes, *, seed=0, image_ids=None, known=None):
-    """Check the arguments of `generate_tokens` (ValueError); return labels [B], order [B, L] and the hash of
-    seed and image ids [B, 2], all int64 on the model's device."""
+    """Check the arguments of `generate_tokens` (ValueError); return labels [B], order [B, L] (raster for a
+    policy) and the hash of seed and image ids [B, 2], all int64 on the model's device."""
     B, L = len(labels), model.config.num_tokens
+    if callable(order):
+        if known is not None:
+            raise ValueError("a policy does not say where known tokens lie: use edit_tokens")
+        order = torch.arange(L).repeat(B, 1)
     if order.shape != (B, L):
         raise ValueError(f"order is {list(order.shape)}, needed is [{B}, {L}]")
     if image_ids is None:
@@ -74,25 +76,25 @@ def next_rows(embed_tokens, query_table, ids, order, slot, sizes):
     return x.repeat(1, branches, 1)  # [N, R, D]
 
 
-def guided_logits(x, head, scales, slot):
-    """x [n, R, D] -> float32 logits [B, n, V] of the slots from `slot` on; scales [L], or None without
-    guidance."""
+def guided_logits(x, head, scales):
+    """x [n, R, D] -> float32 logits [B, n, V]; scales are n or one for all, or None without guidance."""
     logits = head(x).transpose(0, 1).float()  # [R, n, V]
     if scales is None:
         return logits
-    return guide(*logits.chunk(2), scales[slot : slot + len(x)])  # [B, n, V]
+    return guide(*logits.chunk(2), scales)  # [B, n, V]
 
 
 def draw(x, head, scales, inputs, slot, sampling):
     """x [n, R, D] -> ids int64 [B, n] of the slots from `slot` on: guidance, noise and the draw.
 
-    Slices are taken here, since a compiled function copies inputs that begin at odd addresses.
+    Order and scales are sliced here, since a compiled function copies inputs that begin at odd addresses.
     """
     _labels, order, words = inputs  # [B], [B, L], [B, 2]
-    logits = guided_logits(x, head, scales, slot)  # [B, n, V]
+    end = slot + len(x)
+    logits = guided_logits(x, head, scales if scales is None else scales[slot:end])  # [B, n, V]
     noise = None
     if sampling.temperature > 0:
-        noise = gumbel_noise(words, order[:, slot : slot + len(x)], logits.shape[-1])  # [B, n, V]
+        noise = gumbel_noise(words, order[:, slot:end], logits.shape[-1])  # [B, n, V]
     return sample(logits, noise, sampling)
 
 
@@ -142,37 +144,49 @@ def decode(
     inputs, L = (labels, order, words), order.shape[1]
     labels, branches, scales = with_guidance(labels, sampling, L)  # [R], R / B, [L]
     kv_cache, table = model.new_kv_cache(len(labels)), model.query_table()  # [.., 1 + L, R, 3D], [L, D]
-    ids, start = [], 0  # of the slots so far, [B, c] each; rows in the KV cache
+    ids = []  # of the slots so far, [B, c] each
     if known is not None and known.shape[1]:
         # Context rows of one forward see one another, but the class token was trained to see only itself, so
         # it enters alone; the known tokens then enter as the group before the first.
         model.features(model.embed_labels(labels), Mask(1), kv_cache[:, :1])
-        ids, start = [known.to(order)], 1
-    slot, looks = sum(part.shape[1] for part in ids), policy is not None and policy.looks
-    seen = None  # float32 [B, L - slot, V], logits of the cells that are left
-    for n in group_sizes:
+        ids = [known.to(order)]
+    slot, left_logits = L - sum(group_sizes), None  # [B, L - slot, V], of the cells that are left
+    steps = step_shapes(group_sizes, L, policy is not None and policy.looks)
+    masks = cached_decoding_masks(steps, kv_cache.dtype, kv_cache.device)
+    for (_, n, looking, total), mask in zip(steps, masks, strict=True):
         if policy:
-            pick_group(policy, n, order, slot, words, seen, in_raster_order(ids, order))
-        q = L - slot if looks else n  # rows that predict, then rows that only look
+            pick_group(policy, n, order, slot, words, left_logits, in_raster_order(ids, order))
+        q = n + looking  # rows that predict, then rows that only look
         if ids:
             before = slot - ids[-1].shape[1]
             x = parts.next_rows(model.embed_tokens, table, ids[-1], order, before, (q, branches))  # [N, R, D]
         else:
             queries = table[order[:, :q].T].repeat(1, branches, 1)  # [q, R, D]
             x = torch.cat([model.embed_labels(labels), queries])  # [1 + q, R, D]
-        total = start + len(x)
-        mask = cached_decoding_mask(len(x) - q, n, q - n, total, kv_cache.dtype, kv_cache.device)
-        h = model.features(x, mask, kv_cache[:, :total])  # [q, R, D]
+        h = model.features(x, mask, kv_cache[:, :total])  # [q, R, D]; the next context overwrites q rows
         if teacher is None:
             ids.append(parts.draw(h[:n], model.head, scales, inputs, slot, sampling))  # [B, n]
         else:
             ids.append(teacher.to(order).gather(1, order[:, slot : slot + n]))  # [B, n]
-        start, slot = total - q, slot + n
-        if q > n:
-            seen = parts.guided_logits(h[n:], model.head, scales, slot)  # [B, L - slot, V]
+        slot += n
+        if looking:  # under one guidance scale: these cells have no slots yet
+            scale = scales if scales is None else scales[slot : slot + 1]
+            left_logits = parts.guided_logits(h[n:], model.head, scale)  # [B, L - slot, V]
         if on_group is not None:
             on_group(in_raster_order(ids, order), slot, order)
     return in_raster_order(ids, order), order
+
+
+def step_shapes(group_sizes, num_tokens, looks=False):
+    """Of each step: context rows, queries, rows that only look at the cells left behind these, and all rows
+    attended to. Tokens beyond the group sizes are known; the class token enters alone before them."""
+    slot, shapes = num_tokens - sum(group_sizes), []
+    context, start = (slot, 1) if slot else (1, 0)
+    for n in group_sizes:
+        looking = num_tokens - slot - n if looks else 0
+        shapes.append((context, n, looking, start + context + n + looking))
+        context, start, slot = n, start + context, slot + n
+    return tuple(shapes)
 
 
 def with_guidance(labels, sampling, num_tokens):

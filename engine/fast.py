@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.decoding import Parts, decode, decoding_inputs, generate_tokens
+from engine.decoding import Parts, decode, decoding_inputs, generate_tokens, step_shapes
 from engine.generate import generate_images
-from engine.sampling import Sampling
+from engine.sampling import Sampling, guidance_scales
 from models.layers import MLP, AddNorm
 from models.lpd import LPD, NO_LABEL, Execution
+from models.masks import cached_decoding_masks
 from models.vqgan import as_square
 from util.device import GraphCapture, is_cuda
 from util.images import to_uint8
@@ -156,10 +157,11 @@ class FastGenerator:
         self.model = with_compiled_layers(model, backend) if backend else model
         self.parts = compiled_parts(backend) if backend else Parts()
         self.capture = capture or GraphCapture(device)
-        self.trajectories = OrderedDict()  # (batch, settings) -> (inputs, replay), the last used at the end
+        # (batch, settings) -> (inputs, replay, constants); the last used is at the end
+        self.trajectories = OrderedDict()
 
     def generate_tokens(self, *inputs, **options):
-        """As `engine.generate.generate_tokens`, without the model."""
+        """As `engine.decoding.generate_tokens`, without the model."""
         if PLAIN_ONLY & options.keys():
             return generate_tokens(self.plain, *inputs, **options)
         return self._replay(False, *inputs, **options)
@@ -173,10 +175,8 @@ class FastGenerator:
     @torch.inference_mode()
     def _replay(self, pixels, labels, order, group_sizes, sampling=Sampling(), **options):
         policy = order if callable(order) else None
-        if policy:
-            order = torch.arange(self.model.config.num_tokens).repeat(len(labels), 1)
         given = decoding_inputs(self.model, labels, order, group_sizes, **options)
-        inputs, replay = self._trajectory(len(labels), (pixels, policy, tuple(group_sizes), sampling))
+        inputs, replay, _ = self._trajectory(len(labels), (pixels, policy, tuple(group_sizes), sampling))
         for static, values in zip(inputs, given, strict=True):
             static[: len(values)].copy_(values, non_blocking=True)
         return replay()[: len(labels)].clone()
@@ -204,7 +204,12 @@ class FastGenerator:
             tokens, _ = decode(self.model, inputs, group_sizes, sampling, policy=policy, parts=self.parts)
             return to_uint8(self.tokenizer.decode(tokens)) if pixels else tokens
 
-        return inputs, self.capture(generate)
+        steps = step_shapes(group_sizes, L, policy is not None and policy.looks)
+        constants = (  # those of `decode`, which a graph reads by address
+            cached_decoding_masks(steps, self.model.head.weight.dtype, device),
+            guidance_scales(sampling, L, device),
+        )
+        return inputs, self.capture(generate), constants
 
 
 # Models prepared for inference.

@@ -1,4 +1,4 @@
-"""What happens between the steps of both trainers: signals, checkpoints, non-finite steps, and the log."""
+"""The loop of both trainers: signals, checkpoints, non-finite steps, and the log."""
 
 import math
 import time
@@ -46,7 +46,7 @@ class RunSettings:
 class TrainingLoop:
     """What happens between the steps of a training, in either trainer:
 
-        with TrainingLoop(state, stream, run, world, log, checkpoint=...) as loop:
+        with TrainingLoop(state, stream, steps, run, world, log, checkpoint=...) as loop:
             while loop.goes_on():
                 ...  # take a step, which counts itself in state.step
                 loop.after_step(good, values)
@@ -55,7 +55,7 @@ class TrainingLoop:
 
     Args:
         state: has model, optimizer, step, guard, and config, whose `clock(step)` is what frequencies count.
-        stream: the ImageStream of all steps. run: RunSettings. log: MetricsLog or None.
+        stream: the ImageStream of all `steps`. run: RunSettings. log: MetricsLog or None.
         checkpoint: () -> dict to save. validate: () -> dict of numbers of held-out images, or None; the model
             is as for hooks. describe: step -> dict of facts for nonfinite_step.json, beside its images. All
             are called on every process.

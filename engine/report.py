@@ -9,6 +9,7 @@ import torch
 from engine.evaluate import evaluate
 from engine.fast import for_inference
 from engine.generate import generate_images
+from engine.train import plain
 from models.weights import state_digest
 from util import pictures
 from util.device import describe, device_name
@@ -80,7 +81,7 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
         if log is None:
             return
         images = generate_images(
-            state.model, tokenizer, labels, orders, settings.group_sizes, settings.sampling,
+            plain(state.model), tokenizer, labels, orders, settings.group_sizes, settings.sampling,
             seed=settings.seed,
         )
         path = Path(output_dir) / "samples" / f"epoch-{state.config.clock(state.step):07.2f}.png"
@@ -98,7 +99,8 @@ def evaluation_hook(spec, tokenizer, output_dir, world):
 
     def evaluate_now(state, log):
         bf16 = state.config.bf16
-        model = copy.deepcopy(state.model) if bf16 else state.model  # bfloat16 must not stay in training
+        model = plain(state.model)
+        model = copy.deepcopy(model) if bf16 else model  # bfloat16 must not stay in training
         model, decoder = for_inference(model, tokenizer, world.device, bf16=bf16)
         precision = "bfloat16" if bf16 else "float32"
         facts = {**spec.facts, "precision": precision, "decoder": precision}

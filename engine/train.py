@@ -236,7 +236,7 @@ def rehearse(state, loss_of, world, accum_iter):
 
 def plain(model):
     """An LPD in eval mode that shares the weights of another but not its compiled functions, which would be
-    compiled again for the batch sizes of validation."""
+    compiled again for the shapes of validation and of decoding."""
     with torch.device("meta"):
         other = LPD(model.config)
     other.load_state_dict(model.state_dict(), assign=True)

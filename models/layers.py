@@ -20,11 +20,11 @@ def attend(q, k, v, mask):
 
 
 def attend_by_kind(q, k, v, mask):
-    """`attend` in two calls, since context rows see no queries: exact without a mask where all rows of a kind
-    see the same, and on a CPU less work with one (a quarter in training)."""
+    """`attend` as two calls, one for each kind of row, since context rows see no queries. Exact without a
+    mask if all rows of a kind see the same; with a mask a quarter less work in training on a CPU."""
     context, seen = mask
     attention = F.scaled_dot_product_attention
-    if seen is not None and q.dtype != torch.float32:
+    if seen is not None and seen.dtype != torch.bool and q.dtype != torch.float32:
         attention, seen = attend_in_products, seen.to(q.dtype)  # faster on CPUs (benchmarks/LOG.md)
 
     def part(rows, columns):
@@ -54,7 +54,7 @@ class Linear(nn.Linear):
         return super().forward(self.cast(x))
 
     def write(self, x, out):
-        """Write what it makes of x [N, B, D] into `out`; for inference."""
+        """Apply the layer to x [N, B, D] and write the result into `out`; for inference."""
         if out.is_contiguous():
             torch.addmm(self.bias, self.cast(x).flatten(0, 1), self.weight.T, out=out.flatten(0, 1))
         else:
@@ -83,20 +83,24 @@ class Attention(nn.Module):
         """x [N, B, D] -> [N - first, B, D].
 
         Args:
-            mask: the `Mask` of the rows from `first` on. first: the rows before it need no result.
+            mask: the `Mask` of the rows from `first` on. first: no result is needed for the rows before it.
             kv: a layer's part of the KV cache, [M, B, 3D]: the earlier rows, then N that are written here.
         """
         if kv is None:
             kv = self.qkv(x)  # [M = N, B, 3D]
         else:
             self.qkv.write(x, kv[-len(x) :])
-        q, k, v = kv.unflatten(2, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)  # each [B, H, M, d]
-        y = attend(q[:, :, first - len(x) :], k, v, mask)  # [B, H, N - first, d]
+        q, k, v = self.heads(kv)
+        y = attend(q[:, :, len(kv) - len(x) + first :], k, v, mask)  # [B, H, N - first, d]
         return self.proj_drop(project(self.proj, y))
+
+    def heads(self, projected):
+        """Queries, keys and values of what `qkv` gave, [M, B, 3D]: each [B, H, M, d]."""
+        return projected.unflatten(2, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
 
 
 def project(linear, y):
-    """A linear of attention's result y [B, H, N, d] -> [N, B, D], without a copy however y is laid out."""
+    """Apply a linear to attention's result y [B, H, N, d] -> [N, B, D]; no copy, however y is laid out."""
     rows_first = y.stride(2) > y.stride(0)
     y = y.permute(2, 0, 1, 3) if rows_first else y.transpose(1, 2)
     y = linear(y.flatten(2))

@@ -74,10 +74,16 @@ def decoding_mask(context, queries, looking, total):
     return seen
 
 
-@lru_cache(maxsize=256)
-def cached_decoding_mask(context, queries, looking, total, dtype, device):
-    """The `Mask` of a decoding step, as what is added to the scores; on a CPU none is needed if no row only
-    looks. Its rows begin at multiples of 8 values, as attention kernels want them."""
+@lru_cache(maxsize=32)
+def cached_decoding_masks(steps, dtype, device):
+    """The `Mask`s of all decoding steps, each given as the arguments of `decoding_mask`. A CUDA graph reads
+    them by address: hold the tuple as long as the graph."""
+    return tuple(_step_mask(*step, dtype, device) for step in steps)
+
+
+def _step_mask(context, queries, looking, total, dtype, device):
+    """As what is added to the scores; on a CPU none is needed if no row only looks. Its rows begin at
+    multiples of 8 values, as attention kernels want them."""
     if not looking and device.type == "cpu":
         return Mask(context)
     seen = decoding_mask(context, queries, looking, total).to(device)

@@ -1,6 +1,6 @@
 """Orders that are decided while an image is decoded. A policy is asked for each group when its turn comes,
 and is handed what is known then (`engine.decoding.Progress`); what it picks for an image must depend on that
-image alone.
+image alone, and no cell may be picked twice.
 """
 
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ from engine.fast import FLEX_ROWS, FastDecoder, compiled_lpd, compiled_parts, wi
 from engine.sampling import Sampling
 from models import layers
 from models.lpd import LPD, LPD_CONFIGS
-from models.masks import Mask, _mask_mod, cached_decoding_mask
+from models.masks import Mask, _mask_mod, cached_decoding_masks
 from models.vqgan import VQConfig, VQModel
 from orders.schedule import cosine_group_sizes
 from util import cli
@@ -47,7 +47,7 @@ def decode(sampling, batch, decoder=False):
     with fake_cuda.RecordingMode(allow_non_fake_inputs=True), torch.inference_mode():
         with torch.device("cuda"):
             model, tokenizer = LPD(config).eval().bf16_linears(), VQModel(VQConfig()).eval()
-        cached_decoding_mask.cache_clear()  # its tensors belong to the mode before
+        cached_decoding_masks.cache_clear()  # its tensors belong to the mode before
         given = fake_inputs(batch, 256), cosine_group_sizes(256, 4), sampling
         tokens, _ = decode_steps(with_compiled_layers(model), *given, parts=compiled_parts())
         decoding = FastDecoder(tokenizer, torch.bfloat16, fused=True)

@@ -34,7 +34,7 @@ def parse_args(argv=None):
 
 def attention_weights(attention, x, mask):
     """The weights of an `Attention` of x [N, B, D], mask bool [N, N] -> [B, H, N, N]."""
-    q, k, _ = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 1, 3, 0, 4)
+    q, k, _ = attention.heads(attention.qkv(x))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 

@@ -13,7 +13,8 @@ def decoded_logits(model, tokens, labels, order, group_sizes, sampling=Sampling(
     found = []
 
     def draw(x, head, scales, inputs, slot, _sampling):
-        found.append(guided_logits(x, head, scales, slot))
+        own = scales if scales is None else scales[slot : slot + len(x)]
+        found.append(guided_logits(x, head, own))
         return tokens.gather(1, order[:, slot : slot + len(x)])
 
     given = tokens.gather(1, order[:, :known])

@@ -337,7 +337,7 @@ def test_rows_that_look_see_the_context_alone_and_change_nothing(tiny_lpd, sampl
                 decoded_logits(tiny_lpd, tokens, labels, order, sizes)[:, before]
                 for labels in (LABELS, torch.full((3,), NO_LABEL))
             )
-            alone = uncond + (1 + (sampling.cfg - 1) * (slot + i) / L) * (cond - uncond)
+            alone = uncond + (1 + (sampling.cfg - 1) * slot / L) * (cond - uncond)
             torch.testing.assert_close(progress.logits[:, i], alone, rtol=0, atol=3e-5)
 
 

@@ -81,6 +81,15 @@ def test_attention_on_a_cpu_equals_one_fused_call_with_gradients(attention, dtyp
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("form", [torch.bool, torch.float32])
+def test_every_form_of_the_mask_hides_the_same_in_bfloat16_on_a_cpu(form):
+    q, k, v = torch.randn(3, 2, 4, 32, 8, generator=torch.Generator().manual_seed(0))
+    expected = attend(q, k, v, cached_training_mask(GROUPS, torch.device("cpu"), torch.float32))
+    half = (x.bfloat16() for x in (q, k, v))
+    found = attend(*half, cached_training_mask(GROUPS, torch.device("cpu"), form)).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
+
+
 def test_the_activation_is_the_exact_gelu():
     """x Phi(x). 1e-6: fp32; the tanh form is up to 5e-4 away, which the golden logits would not notice."""
     mlp = MLP(64, 64, dropout=0.0)

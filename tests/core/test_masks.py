@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from models.layers import Attention, attend
-from models.masks import Mask, cached_decoding_mask, cached_training_mask, decoding_mask, training_mask
+from models.masks import Mask, cached_decoding_masks, cached_training_mask, decoding_mask, training_mask
 from orders.schedule import cosine_group_sizes
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def decoding_step(rows, mask):
 @pytest.mark.parametrize("text, mask", [
     (DECODING_2_2_3, Mask(2)),
     (DECODING_2_2_3, Mask(2, decoding_mask(2, 3, 0, 7))),
-    (LOOKING_2_1_1_3, cached_decoding_mask(1, 1, 3, 7, torch.float32, CPU)),
+    (LOOKING_2_1_1_3, cached_decoding_masks(((1, 1, 3, 7),), torch.float32, CPU)[0]),
 ], ids=["two calls", "one mask", "looking"])
 def test_decoding_attention_matches_the_picture(text, mask):
     """Changing a visible row changes the result; changing a hidden one changes no bit of it."""
@@ -84,8 +84,14 @@ def test_decoding_attention_matches_the_picture(text, mask):
     assert torch.equal(torch.stack(columns, dim=1), picture(text))
 
 
+@torch.no_grad()
+def test_attention_without_rows_that_need_a_result_gives_none():
+    result = Attention(8, 2, 0.0)(torch.zeros(3, 1, 8), Mask(0), torch.empty(5, 1, 24), first=3)
+    assert result.shape == (0, 1, 8)
+
+
 def test_rows_of_a_decoding_mask_begin_at_multiples_of_eight_values():
-    assert cached_decoding_mask(1, 1, 3, 7, torch.float32, CPU).seen.stride() == (8, 1)
+    assert cached_decoding_masks(((1, 1, 3, 7),), torch.float32, CPU)[0].seen.stride() == (8, 1)
 
 
 # what the masks hide from the model

@@ -99,10 +99,12 @@ def test_a_run_resumes_with_the_other_kind_of_adamw(tmp_path, first, second):
 
 
 def test_compile_flag_trains_as_without_it(tmp_path, monkeypatch, counted):
-    """Logged losses to 1e-4, with tokens on the device instead of the memory-mapped file."""
+    """Logged losses to 1e-4, with tokens on the device instead of the memory-mapped file. Samples are not
+    decoded by the compiled blocks."""
     monkeypatch.setattr("engine.data.free_memory", lambda _: 2**40)
     monkeypatch.setattr("main_lpd.compiled_lpd", partial(compiled_lpd, backend=counted))
-    flags = {"epochs": 1, "proj_dropout": 0}
+    sampling = {"sample_freq": 0.5, "generation_steps": 4, "vqgan_path": helpers.tokenizer()}
+    flags = {"epochs": 1, "proj_dropout": 0, **sampling}
     finished(call("lpd", *train_flags(tmp_path / "fast", **flags), "--compile"))
     finished(call("lpd", *train_flags(tmp_path / "plain", **flags)))
     fast, plain = ([line["loss"] for line in read_metrics(tmp_path / run)] for run in ("fast", "plain"))
