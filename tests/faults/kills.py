@@ -18,11 +18,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 from helpers import cache_flags, contents, evaluate_flags, tokenizer_flags, train_flags, words_of
+from tqdm import tqdm
 
 from models.weights import read_pth
 from util import cli
@@ -65,6 +67,7 @@ def start(job, folder):
         log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
         status = cli.run(lambda: main(argv))
     except SystemExit as end:
         status = end.code
