@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import bandwidth, matmul_rate, publish, record, seconds_in_turns
+from benchmarks.measure import bandwidth, publish, record, seconds_in_turns
 from engine.cache import differing_share, encode_shards, encode_views, prepare_encoder
 from models.vqgan import VQConfig, VQModel
 from util import cli, distributed
+from util.device import matmul_rate
 from util.folders import split_folder
 from util.images import load_image
 from util.token_cache import CacheMeta, CacheWriter, TokenCache

@@ -25,7 +25,7 @@ from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
 from util import cli
-from util.device import choose_device
+from util.device import choose_device, matmul_rate
 from util.images import to_uint8
 
 
@@ -141,7 +141,7 @@ def main(argv=None):
     decoder = FastDecoder(tokenizer, dtype, fused=args.fused_decoder)
     paths = make_paths(args, model, tokenizer, decoder)
     products = list(needed_products(model, settings.group_sizes, 1 if sampling.cfg == 1 else 2))
-    rates = {"flops": measure.matmul_rate(device, dtype), "bytes": measure.bandwidth(device)}
+    rates = {"flops": matmul_rate(device, dtype), "bytes": measure.bandwidth(device)}
     batches = (time_batch(paths, settings, products, batch, rates, args.n) for batch in args.batch_sizes)
     rows = list(chain.from_iterable(batches))
     report = measure.record(device, note=args.note, dtype=str(dtype), rates=rates, rows=rows)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import matmul_rate, publish, record, seconds_in_turns
+from benchmarks.measure import publish, record, seconds_in_turns
 from engine.fast import compiled_lpd
 from engine.train import LossForDDP, TrainConfig, new_state, train_step
 from models import layers
@@ -27,7 +27,7 @@ from models.lpd import LPD, LPD_CONFIGS, Execution
 from models.masks import training_mask
 from orders.schedule import cosine_group_sizes, training_steps
 from util import cli, distributed
-from util.device import is_cuda
+from util.device import is_cuda, matmul_rate
 
 
 def parse_args(argv=None):

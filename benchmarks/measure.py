@@ -10,7 +10,7 @@ from datetime import date
 
 import torch
 
-from util.device import device_name, matmul_rate, peak_memory, synchronize  # noqa: F401
+from util.device import device_name, peak_memory, synchronize
 from util.files import write_json
 
 

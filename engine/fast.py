@@ -1,9 +1,8 @@
 """Fast paths: compiled training blocks, decoding as one CUDA graph, and models prepared for inference.
 
-`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW
-(engine/train.py).
-Results equal those of the plain code up to rounding. On a CPU nothing is captured; there `for_inference`
-packs the linears, which is all that can be gained (benchmarks/LOG.md).
+`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW (engine/train.py).
+Results equal those of the plain code up to rounding. On a CPU nothing is captured, and batches are padded all
+the same; there `for_inference` packs the linears (benchmarks/LOG.md).
 
 On a GPU a decoding step takes seven kernels a layer: four products, one attention, two additions with their
 LayerNorm. Whatever lies between two products is one compiled function that all layers and group sizes share.

@@ -225,7 +225,7 @@ class LPD(Pretrained, nn.Module):
 
     def new_kv_cache(self, batch):
         """Room for what the rows of `batch` images are projected to, [depth, 1 + L, B, 3D]: on a GPU in this
-        order, so that products write there; on a CPU image by image, as its attention reads fastest."""
+        order, so that products write there; on a CPU image by image, which is as fast (benchmarks/LOG.md)."""
         c, weight = self.config, self.head.weight
         rows, width = 1 + c.num_tokens, 3 * c.embed_dim
         given = {"dtype": weight.dtype, "device": weight.device}

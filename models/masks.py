@@ -74,7 +74,7 @@ def decoding_mask(context, queries, looking, total):
     return seen
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # of rows that look at 1,024 cells: 100 MB a schedule in float32
 def cached_decoding_masks(steps, dtype, device):
     """The `Mask`s of all decoding steps, each given as the arguments of `decoding_mask`. A CUDA graph reads
     them by address: hold the tuple as long as the graph."""

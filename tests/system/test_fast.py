@@ -247,7 +247,7 @@ def test_products_of_a_trajectory_by_hand(tiny_lpd):
 
 def test_the_benchmark_times_each_path_and_batch(tmp_path, monkeypatch, tiny_lpd, tiny_vq):
     monkeypatch.setattr(bench_generate, "load", lambda args, device: (tiny_lpd, tiny_vq))
-    monkeypatch.setattr(bench_generate.measure, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench_generate, "matmul_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(bench_generate.measure, "bandwidth", lambda device: 1e9)
     out = tmp_path / "out.json"
     flags = "--device cpu --batch_sizes 1 2 --against plain --n 1 --generation_steps 4 --output_file"
