@@ -20,7 +20,7 @@ from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_set
 from engine.loop import LossNotFinite, RunSettings
 from engine.sampling import Sampling
 from engine.train import TrainConfig, new_state, train
-from models.lpd import LPD, LPD_CONFIGS, Execution
+from models.lpd import LPD, LPD_CONFIGS, Execution, LPDConfig
 from models.vqgan import VQModel
 from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
@@ -46,11 +46,11 @@ def parse_args(argv=None):
     cli.add_folder_flags(training)
     add("--resume", metavar="DIR", help="run to resume if --output_dir has no checkpoint")
     add("--batch_size", type=cli.number(int, 1), default=64, help="per process and micro-batch")
-    add("--blr", type=cli.number(float, 0), default=1e-4)
+    add("--blr", type=cli.number(float, 0), default=TrainConfig.blr)
     add("--group_sizes_list", action=cli.Schedules, nargs="+", help="step counts to train on, or a JSON file")
     add("--proj_dropout", type=cli.number(float, 0, 0.99), default=0.1)
-    add("--label_drop_prob", type=cli.number(float, 0, 0.99), default=0.1)
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    cli.add_settings(training, LPDConfig)
     cli.add_settings(training, TrainConfig)
     cli.add_settings(training, RunSettings)
     add("--sample_freq", type=cli.number(float, 0), default=0, help="epochs between sample grids")
@@ -149,7 +149,7 @@ def train_config(args, data, num_images, world):
     """The TrainConfig of the flags and of what is known of the data."""
     model = dataclasses.replace(
         LPD_CONFIGS[args.model], grid_size=data["grid_size"], vocab_size=data["vocab_size"],
-        num_classes=len(data["class_names"]), dropout=args.proj_dropout, label_drop_prob=args.label_drop_prob,
+        num_classes=len(data["class_names"]), dropout=args.proj_dropout, **cli.chosen(LPDConfig, args),
     )
     counts, global_batch = args.group_sizes_list, args.batch_size * args.accum_iter * world.size
     with cli.checking("--group_sizes_list: "):

@@ -19,6 +19,12 @@ from util import cli, distributed, pictures
 from util.files import refuse_changes, write_json
 from util.token_cache import names_digest
 
+SIZES = {  # of a VQConfig, in words
+    "vocab_size": "codes", "code_dim": "numbers of a code", "base_width": "channels at full resolution",
+    "multipliers": "channels at each resolution, in base widths; k of them: 2^(k-1) pixels a token",
+    "num_res_blocks": "residual blocks at each resolution", "z_channels": "channels of the coarsest",
+}
+
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train a VQ tokenizer on a folder of images")
@@ -29,7 +35,8 @@ def parse_args(argv=None):
     for name, default in dataclasses.asdict(VQConfig()).items():
         several = {"nargs": "+"} if name == "multipliers" else {}
         shown = " ".join(map(str, default)) if several else default
-        add(f"--{name}", type=cli.number(int, 1, 65536), help=f"default: {shown}", **several)
+        words = f"{SIZES[name]}; default: {shown}"
+        add(f"--{name}", type=cli.number(int, 1, 65536), help=words, **several)
     cli.add_settings(parser, TokenizerTrainConfig)
     add("--save_every", type=cli.number(int, 1), help="steps between checkpoints; default: every 5 minutes")
     cli.add_seed_flag(parser)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from engine.sampling import Sampling, cell_noise, guidance_scales, guide, gumbel_noise, image_words, sample
-from models.lpd import NO_LABEL
+from models.lpd import LPD, NO_LABEL
 from models.masks import Mask, cached_decoding_masks
 
 
@@ -67,15 +67,6 @@ def decoding_inputs(model, labels, order, group_sizes, *, seed=0, image_ids=None
 # record all of it. Its parts between the products of the model are functions that `--compile` compiles.
 
 
-def next_rows(embed_tokens, query_table, ids, order, slot, sizes):
-    """The rows of a step, float32 [N, R, D]: context, which is the ids [B, c] of the slots from `slot` on,
-    then the queries of the q slots after them. `sizes` are q and R / B."""
-    (q, branches), end = sizes, slot + ids.shape[1]
-    context = embed_tokens(ids.T, order[:, slot:end].T)  # [c, B, D]
-    x = torch.cat([context, query_table[order[:, end : end + q].T]])  # [N, B, D]
-    return x.repeat(1, branches, 1)  # [N, R, D]
-
-
 def guided_logits(x, head, scales):
     """x [n, R, D] -> float32 logits [B, n, V]; scales are n or one for all, or None without guidance."""
     logits = head(x).transpose(0, 1).float()  # [R, n, V]
@@ -101,7 +92,7 @@ def draw(x, head, scales, inputs, slot, sampling):
 class Parts(NamedTuple):
     """The functions of the loop, as they are or compiled."""
 
-    next_rows: Callable = next_rows
+    next_rows: Callable = LPD.next_rows
     guided_logits: Callable = guided_logits
     draw: Callable = draw
 
@@ -148,7 +139,7 @@ def decode(
     if known is not None and known.shape[1]:
         # Context rows of one forward see one another, but the class token was trained to see only itself, so
         # it enters alone; the known tokens then enter as the group before the first.
-        model.features(model.embed_labels(labels), Mask(1), kv_cache[:, :1])
+        model.features(model.first_rows(labels, table, order, 0), Mask(1), kv_cache[:, :1])
         ids = [known.to(order)]
     slot, left_logits = L - sum(group_sizes), None  # [B, L - slot, V], of the cells that are left
     steps = step_shapes(group_sizes, L, policy is not None and policy.looks)
@@ -159,10 +150,9 @@ def decode(
         q = n + looking  # rows that predict, then rows that only look
         if ids:
             before = slot - ids[-1].shape[1]
-            x = parts.next_rows(model.embed_tokens, table, ids[-1], order, before, (q, branches))  # [N, R, D]
+            x = parts.next_rows(model, table, ids[-1], order, before, (q, branches))  # [N, R, D]
         else:
-            queries = table[order[:, :q].T].repeat(1, branches, 1)  # [q, R, D]
-            x = torch.cat([model.embed_labels(labels), queries])  # [1 + q, R, D]
+            x = model.first_rows(labels, table, order, q)  # [1 + q, R, D]
         h = model.features(x, mask, kv_cache[:, :total])  # [q, R, D]; the next context overwrites q rows
         if teacher is None:
             ids.append(parts.draw(h[:n], model.head, scales, inputs, slot, sampling))  # [B, n]

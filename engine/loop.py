@@ -258,13 +258,14 @@ def backward(loss):
 
 def optimizer_step(state, lr, max_norm):
     """Clip the gradient and take a step, or skip it if the gradient is non-finite (a fused optimizer does not
-    wait to know). Returns the gradient's norm before clipping, on the device."""
+    wait to know). A parameter group has the rate `lr`, times its "lr_scale" if it has one. Returns the
+    gradient's norm before clipping, on the device."""
     optimizer = state.optimizer
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
     good = norm.isfinite()
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    if optimizer.param_groups[0].get("fused"):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~good).float()  # how a GradScaler makes the fused kernels skip
         optimizer.step()
     elif good:

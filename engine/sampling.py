@@ -10,7 +10,10 @@ import torch
 
 from util.cli import setting
 
-SCHEDULES = ("linear", "constant")
+GUIDANCE_SCHEDULES = {  # (cfg, slots t int64 [L], L) -> guidance scale of each; linear: arXiv 2507.01957
+    "linear": lambda cfg, t, L: 1 + (cfg - 1) * t / L,
+    "constant": lambda cfg, t, L: torch.full_like(t, cfg, dtype=torch.float32),
+}
 MASK_32 = 0xFFFFFFFF
 
 
@@ -19,14 +22,14 @@ class Sampling:
     """How token ids are drawn from logits; the fields are also the flags of the programs."""
 
     cfg: float = setting(1.0, "guidance scale; 1 is no guidance", least=0)
-    cfg_schedule: str = setting("linear", "guidance scale over the slots", choices=SCHEDULES)
+    cfg_schedule: str = setting("linear", "guidance scale over the slots", choices=[*GUIDANCE_SCHEDULES])
     temperature: float = setting(1.0, "0 takes the likeliest token", least=0)
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 keeps all", least=0)
     top_p: float = setting(1.0, "draw from the likeliest tokens that reach this probability", least=0, most=1)
 
     def __post_init__(self):
-        if self.cfg_schedule not in SCHEDULES:
-            raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}, not linear or constant")
+        if self.cfg_schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}, not {' or '.join(GUIDANCE_SCHEDULES)}")
 
 
 # Classifier-free guidance.
@@ -34,11 +37,9 @@ class Sampling:
 
 @lru_cache(maxsize=32)
 def guidance_scales(sampling, num_tokens, device=None):
-    """Guidance scale of every slot, float32 [L]: cfg if constant, 1 + (cfg - 1) t / L at slot t if linear
-    (arXiv 2507.01957)."""
-    if sampling.cfg_schedule == "constant":
-        return torch.full((num_tokens,), sampling.cfg, dtype=torch.float32, device=device)
-    return 1 + (sampling.cfg - 1) * torch.arange(num_tokens, device=device) / num_tokens
+    """Guidance scale of every slot, float32 [L]."""
+    slots = torch.arange(num_tokens, device=device)
+    return GUIDANCE_SCHEDULES[sampling.cfg_schedule](sampling.cfg, slots, num_tokens)
 
 
 def guide(cond, uncond, scales):

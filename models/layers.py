@@ -70,14 +70,14 @@ class AddNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention; `config` is an `LPDConfig`, here and below."""
 
-    def __init__(self, dim, num_heads, dropout):
+    def __init__(self, config):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, dim = config.num_heads, config.embed_dim
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(dropout)
+        self.proj_drop = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, kv=None, first=0):
         """x [N, B, D] -> [N - first, B, D].
@@ -110,12 +110,13 @@ def project(linear, y):
 class MLP(nn.Module):
     """Two linears around an exact GELU."""
 
-    def __init__(self, dim, hidden_dim, dropout):
+    def __init__(self, config):
         super().__init__()
+        dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -125,12 +126,12 @@ class Block(nn.Module):
     """Pre-norm transformer block. What it adds last is handed to the next block's first norm, since an
     addition and the LayerNorm after it can be one kernel."""
 
-    def __init__(self, dim, num_heads, mlp_ratio, dropout):
+    def __init__(self, config):
         super().__init__()
-        self.norm1 = AddNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, dropout)
-        self.norm2 = AddNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+        self.norm1 = AddNorm(config.embed_dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = AddNorm(config.embed_dim, eps=1e-6)
+        self.mlp = MLP(config)
 
     def forward(self, x, y, mask, kv=None, first=0):
         """The residual stream x and what is still to be added, y (None before the first block), both

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from models.layers import AddNorm, Block, Linear
 from models.masks import cached_training_mask
 from models.weights import Pretrained, find, load_state, read_weights
+from util.cli import setting
 from util.distributed import say
 
 NO_LABEL = -1  # the label of the unconditional branch; `fake_latent` replaces its class embedding
@@ -23,7 +24,8 @@ NO_LABEL = -1  # the label of the unconditional branch; `fake_latent` replaces i
 
 @dataclass(frozen=True)
 class LPDConfig:
-    """Sizes of an LPD model. `dropout` and `label_drop_prob` act in training only."""
+    """Sizes of an LPD model. `dropout` and `label_drop_prob` act in training only. Fields made with `setting`
+    are flags of main_lpd.py."""
 
     grid_size: int = 16
     vocab_size: int = 16384
@@ -33,7 +35,7 @@ class LPDConfig:
     num_heads: int = 16
     mlp_ratio: float = 4.0
     dropout: float = 0.1
-    label_drop_prob: float = 0.1
+    label_drop_prob: float = setting(0.1, least=0, most=0.99)
 
     def __post_init__(self):
         for name in ("grid_size", "vocab_size", "num_classes", "embed_dim", "depth", "num_heads"):
@@ -113,9 +115,7 @@ class LPD(Pretrained, nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens + 1, D))
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.label_dropout = LabelDropout(config.label_drop_prob)
-        self.blocks = nn.ModuleList(
-            Block(D, config.num_heads, config.mlp_ratio, config.dropout) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = AddNorm(D, eps=1e-6)
         self.head = Linear(D, config.vocab_size, bias=False)
         self.init_weights()
@@ -152,6 +152,20 @@ class LPD(Pretrained, nn.Module):
     def query_table(self):
         """The position query tokens of all positions, [L, D]: a query depends on its position alone."""
         return self.z_proj_ln(self.mask_token[0] + self.pos_embed[0, 1:])
+
+    def first_rows(self, labels, query_table, order, num_queries):
+        """The rows of the first decoding step, float32 [1 + q, R, D]: the class tokens of labels [R], then
+        the queries of the first q slots of order [B, L]. R is B or a multiple of it."""
+        queries = query_table[order[:, :num_queries].T]  # [q, B, D]
+        return torch.cat([self.embed_labels(labels), queries.repeat(1, len(labels) // len(order), 1)])
+
+    def next_rows(self, query_table, ids, order, slot, sizes):
+        """The rows of a later step, float32 [N, R, D]: context, which is the ids [B, c] of the slots from
+        `slot` on, then the queries of the q slots after them. `sizes` are q and R / B."""
+        (q, branches), end = sizes, slot + ids.shape[1]
+        context = self.embed_tokens(ids.T, order[:, slot:end].T)  # [c, B, D]
+        x = torch.cat([context, query_table[order[:, end : end + q].T]])  # [N, B, D]
+        return x.repeat(1, branches, 1)  # [N, R, D]
 
     # The transformer, for training and decoding.
 

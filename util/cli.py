@@ -121,10 +121,14 @@ def add_settings(parser, Settings):
         parser.add_argument(f"--{field.name}", **field.metadata["flag"])
 
 
+def chosen(Settings, args):
+    """The fields of a dataclass that are flags of `add_settings`, as a dict."""
+    return {field.name: getattr(args, field.name) for field in _flag_fields(Settings)}
+
+
 def settings_from(Settings, args, **given):
     """The dataclass from the flags of `add_settings`; `given` are the other fields, or override flags."""
-    flags = {field.name: getattr(args, field.name) for field in _flag_fields(Settings)}
-    return Settings(**{**flags, **given})
+    return Settings(**{**chosen(Settings, args), **given})
 
 
 # Flags that several programs have.

@@ -20,7 +20,7 @@ import torch.distributed
 
 from util.device import choose_device
 
-PATIENCE = timedelta(hours=12)  # of those who wait while the main process works alone
+ALONE_AT_MOST = timedelta(hours=12)  # that the main process works while the others wait
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -42,7 +42,7 @@ def init(device_name="auto", timeout=10):
 
     timeout: minutes that a process waits for the others before it ends with an error.
     """
-    global _roll_call, _patient_group
+    global _roll_call, _alone_group
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" not in os.environ:
         return World(0, 1, device)
@@ -55,7 +55,7 @@ def init(device_name="auto", timeout=10):
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, is_master=False)
         _roll_call = gather_objects(socket.gethostname()), store
-        _patient_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _alone_group = torch.distributed.new_group(backend="gloo", timeout=ALONE_AT_MOST)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -82,7 +82,7 @@ def main_alone():
     """Inside it the others wait hours for the main process, not `init`'s timeout; its death they notice."""
     yield
     if torch.distributed.is_initialized():
-        torch.distributed.barrier(_patient_group)
+        torch.distributed.barrier(_alone_group)
 
 
 def all_sum(tensor):
@@ -151,7 +151,7 @@ def is_peer_failure(error):
 
 
 _roll_call = None  # the process group's hosts by rank, and a connection to its store
-_patient_group = None  # the same processes, which wait for PATIENCE
+_alone_group = None  # the same processes, which wait for ALONE_AT_MOST
 
 
 def describe_loss(error, seconds=10):

@@ -18,7 +18,7 @@ from scripts.cli.attempt import FAILED, FINISHED, LOST, TIME_LIMIT, Attempt
 from util.distributed import STOP_SIGNALS
 
 WRONG_USAGE, PEER_LOST = 2, 75
-PATIENCE = 30  # seconds that a machine which only lost others leaves to the one that failed
+PEER_WAIT = 30  # seconds that a machine which only lost others leaves to the one that failed
 
 
 def _descendants(pid):
@@ -38,10 +38,10 @@ def _send(number, pid, kill=os.kill):
     return True
 
 
-def run_command(command, environment=None, *, patience=0, output=None, directory=None):
+def run_command(command, environment=None, *, kill_after=0, output=None, directory=None):
     """Run a command in a process group of its own and forward the signals that this process gets to it.
 
-    patience: seconds after SIGUSR2 until whatever is left of the command is killed; 0 means no limit.
+    kill_after: seconds after SIGUSR2 until whatever is left of the command is killed; 0 means no limit.
     output: file for stdout and stderr. Returns (exit status as in a shell, first signal received or 0).
     """
     received, groups = [], []
@@ -51,7 +51,7 @@ def run_command(command, environment=None, *, patience=0, output=None, directory
         for group in groups:
             _send(number, group, os.killpg)
         if number == signal.SIGUSR2:
-            signal.alarm(patience)
+            signal.alarm(kill_after)
 
     def kill_all(number, frame):
         for pid in [pid for group in groups for pid in (*_descendants(group), group)]:
@@ -122,7 +122,7 @@ class Job:
         print(f"attempt {attempt.number}, machine {rank} of {place.num_nodes}: {words}", flush=True)
         port = 20000 + int(place.job_id) % 10000
         variables = self._variables(place.num_nodes, rank, hosts[0], port)
-        where = {"patience": self.grace - 5, "directory": self.directory}
+        where = {"kill_after": self.grace - 5, "directory": self.directory}
         status, received = run_command(self.command, variables, **where)
         if status == 0 or received == signal.SIGUSR2:
             if rank == 0:
@@ -130,11 +130,11 @@ class Job:
         elif received:
             sys.exit(status)
         elif status == PEER_LOST:
-            time.sleep(PATIENCE)
+            time.sleep(PEER_WAIT)
             self._conclude(attempt, LOST, status, last_error(log))
         else:
             reason = f"exit status {status}: {last_error(log)}"
-            if status == WRONG_USAGE and not attempt.is_refused_by_all(rank, place.num_nodes, PATIENCE):
+            if status == WRONG_USAGE and not attempt.is_refused_by_all(rank, place.num_nodes, PEER_WAIT):
                 status = 1  # this machine's trouble, such as a disk that is not mounted
             self._conclude(attempt, FAILED, status, reason)
 

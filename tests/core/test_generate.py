@@ -48,6 +48,8 @@ class MockModel:
         self.batches.append(batch)
         return torch.empty(1, 1 + L, batch, 1)
 
+    first_rows, next_rows = LPD.first_rows, LPD.next_rows
+
     def embed_labels(self, labels):
         self.has_label = labels != NO_LABEL
         return torch.stack([labels, torch.full_like(labels, -1)], dim=-1)[None]  # [1, R, 2]

@@ -168,6 +168,14 @@ def test_weight_decay_acts_on_matrices_and_not_on_vectors():
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
 
 
+def test_a_group_of_parameters_may_scale_the_learning_rate():
+    state = new_state(dataclasses.replace(CONFIG, lr_schedule="constant", warmup_epochs=0), ALONE.device)
+    state.optimizer.param_groups[1]["lr_scale"] = 0.1
+    steps_of(state, 1)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    assert rates == pytest.approx([CONFIG.lr, 0.1 * CONFIG.lr])
+
+
 @pytest.mark.parametrize(
     "schedule, rates",
     [

@@ -189,7 +189,7 @@ def test_shell_survives_a_signal_that_its_program_handles(tmp_path):
 def test_command_that_ignores_the_signal_is_killed_with_its_children():
     nap = f"sleep 1234.{os.getpid()}"
     script = f"setsid {nap} & echo ready; {nap}"
-    status, received, _ = signalled(["bash", "-c", script], signal.SIGUSR2, patience=1)
+    status, received, _ = signalled(["bash", "-c", script], signal.SIGUSR2, kill_after=1)
     assert (status, received) == (128 + signal.SIGKILL, signal.SIGUSR2)
     wait_for(lambda: subprocess.run(["pgrep", "-fx", nap]).returncode == 1, "end of the children")
 

@@ -196,11 +196,11 @@ def main():
     distributed.init("cpu", timeout=1)
     barrier = torch.distributed.barrier
     torch.distributed.barrier = lambda group: (print(group.group_name), barrier(group))
-    limits = torch.distributed.group.WORLD, distributed._patient_group
+    limits = torch.distributed.group.WORLD, distributed._alone_group
     with distributed.main_alone():
         for each in limits:
             print(int(each._get_backend(torch.device("cpu")).options._timeout.seconds))
-    print(distributed._patient_group.group_name)
+    print(distributed._alone_group.group_name)
 cli.run(main)
 """
 
