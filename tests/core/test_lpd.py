@@ -10,7 +10,7 @@ from core.teacher import decoded_logits
 
 from engine.sampling import Sampling
 from models.layers import MLP, attend, attend_in_products
-from models.lpd import LPD, NO_LABEL, Execution, resize_pos_embed
+from models.lpd import LPD, NO_LABEL, Execution, LPDConfig, resize_pos_embed
 from models.masks import cached_training_mask
 from orders.lpd_order import make_orders
 from orders.schedule import cosine_group_sizes
@@ -92,7 +92,7 @@ def test_every_form_of_the_mask_hides_the_same_in_bfloat16_on_a_cpu(form):
 
 def test_the_activation_is_the_exact_gelu():
     """x Phi(x). 1e-6: fp32; the tanh form is up to 5e-4 away, which the golden logits would not notice."""
-    mlp = MLP(64, 64, dropout=0.0)
+    mlp = MLP(LPDConfig(embed_dim=64, mlp_ratio=1.0, dropout=0.0))
     for linear in (mlp.fc1, mlp.fc2):
         torch.nn.init.eye_(linear.weight)
         torch.nn.init.zeros_(linear.bias)

@@ -5,10 +5,12 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from models.layers import Attention, attend
+from models.lpd import LPDConfig
 from models.masks import Mask, cached_decoding_masks, cached_training_mask, decoding_mask, training_mask
 from orders.schedule import cosine_group_sizes
 
 CPU = torch.device("cpu")
+TINY = LPDConfig(embed_dim=8, num_heads=2, dropout=0.0)
 
 # Columns: the class token and the tokens at slots 0..4, then the queries of slots 0..5. Rows are the same.
 GROUPS_1_2_3 = """
@@ -63,7 +65,7 @@ def test_training_mask_matches_the_picture():
 def decoding_step(rows, mask):
     """What a decoding step gives for the rows after the first two, which are cached."""
     torch.manual_seed(0)
-    attention, kv = Attention(8, 2, 0.0), torch.empty(7, 1, 24)
+    attention, kv = Attention(TINY), torch.empty(7, 1, 24)
     attention(rows[:2, None], Mask(2), kv[:2])
     return attention(rows[2:, None], mask, kv)[:, 0]
 
@@ -86,7 +88,7 @@ def test_decoding_attention_matches_the_picture(text, mask):
 
 @torch.no_grad()
 def test_attention_without_rows_that_need_a_result_gives_none():
-    result = Attention(8, 2, 0.0)(torch.zeros(3, 1, 8), Mask(0), torch.empty(5, 1, 24), first=3)
+    result = Attention(TINY)(torch.zeros(3, 1, 8), Mask(0), torch.empty(5, 1, 24), first=3)
     assert result.shape == (0, 1, 8)
 
 

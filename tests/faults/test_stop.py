@@ -261,6 +261,7 @@ def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, lin
     assert outcome.err.count("Traceback") == (how == "raise")
 
 
+@pytest.mark.long
 def test_agent_forwards_a_signal_and_ends_with_its_status(tmp_path):
     """It receives it in step 2 and waits for the checkpoint; the processes notice it then or a step later."""
     (tmp_path / "train.py").write_text(DYING)
@@ -285,6 +286,7 @@ cli.run(lambda: main_tokenizer.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.long
 def test_tokenizer_resumed_on_three_processes_has_the_weights_of_an_undisturbed_one(tmp_path):
     """Two would not do: their sums do not depend on the order. The model takes several of DDP's buckets."""
     (tmp_path / "train.py").write_text(STOPPED)

@@ -65,7 +65,7 @@ def assert_nothing_outlives(program, number, log, images):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("method,workers", [("fork", 1), ("fork", 3), ("forkserver", 1), ("spawn", 1)])
+@pytest.mark.parametrize("method,workers", [("fork", 3), ("forkserver", 1), ("spawn", 1)])
 def test_worker_that_waits_for_its_killed_program_to_read_ends(method, workers, tmp_path):
     """The pipe between them is full: each worker is at its third batch of eight, and one takes up a pipe."""
     log, script = tmp_path / "log", tmp_path / "consumer.py"
@@ -86,7 +86,10 @@ def flags_of(program, out):
     }[program]()
 
 
-@pytest.mark.parametrize("program", ["stats", "cache", "tokenizer", "lpd"])
+MORE = [pytest.param(program, marks=pytest.mark.long) for program in ("stats", "tokenizer")]
+
+
+@pytest.mark.parametrize("program", ["cache", "lpd", *MORE])
 def test_program_ended_while_it_reads_leaves_no_worker(program, tmp_path):
     """Reading never ends in caching and statistics, which end by themselves; training ends after a step."""
     seconds = 0.1 if program in ("tokenizer", "lpd") else 1000
@@ -99,6 +102,7 @@ def test_program_ended_while_it_reads_leaves_no_worker(program, tmp_path):
         assert_nothing_outlives(process, number, log, images=1)
 
 
+@pytest.mark.long
 def test_training_saves_and_ends_when_its_launcher_is_killed(tmp_path):
     launcher = processes.background(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, REPO / "main_lpd.py",

@@ -190,6 +190,7 @@ def test_every_program_names_a_working_directory_that_is_deleted(tmp_path):
 FULL = "mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 9999 /dev/zero >/dev/shm/full;"
 
 
+@pytest.mark.long
 def test_full_shared_memory_is_named(tmp_path):
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")

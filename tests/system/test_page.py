@@ -19,12 +19,18 @@ import pytest
 from PIL import Image
 from processes import WAIT, wait_for
 
-pytest.importorskip("gradio", reason="needs requirements-app.txt: bash environment_setup.sh --app")
-
-from demo import app  # noqa: E402
-from demo.session import Session  # noqa: E402
+from demo.session import Session
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def app():
+    """demo/app.py. gradio takes seconds to import, so only the process that runs these tests does."""
+    pytest.importorskip("gradio", reason="needs requirements-app.txt: bash environment_setup.sh --app")
+    from demo import app
+
+    return app
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_page_listens_on_no_other_address(page):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # all addresses would answer
 
 
-def test_everything_that_computes_waits_in_one_queue(tiny_lpd, tiny_vq):
+def test_everything_that_computes_waits_in_one_queue(app, tiny_lpd, tiny_vq):
     page = app.build(Session(tiny_lpd, tiny_vq, tuple("abcde"), tiny_lpd.pos_embed.device))
     working = {fn.name: (fn.concurrency_id, fn.concurrency_limit) for fn in page.fns.values()}
     for name in ("on_generate", "on_edit", "on_upload"):
@@ -157,7 +163,7 @@ def test_everything_that_computes_waits_in_one_queue(tiny_lpd, tiny_vq):
     assert page._queue.max_size == app.MAX_WAITING
 
 
-def test_port_in_use_is_reported_in_one_line():
+def test_port_in_use_is_reported_in_one_line(app):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         outcome = helpers.call_main(app.main, "--port", port)
@@ -173,7 +179,7 @@ def test_port_in_use_is_reported_in_one_line():
         (("--img_size", "64"), "--img_size is 64, the weights or data have 32"),
     ],
 )
-def test_wrong_flag_is_reported_in_one_line(flags, message):
+def test_wrong_flag_is_reported_in_one_line(app, flags, message):
     if "--port" not in flags:
         flags = ("--port", processes.free_port(), *flags)
     outcome = helpers.call_main(app.main, *flags)

@@ -315,6 +315,7 @@ def test_status_uses_the_records_when_slurm_has_forgotten_the_job(tmp_path, monk
     assert call("status", tmp_path).out.splitlines()[0] == "job 7: COMPLETED"
 
 
+@pytest.mark.long
 def test_port_in_use_does_not_matter_on_one_machine_and_is_named_on_several(tmp_path):
     (tmp_path / "program.py").write_text("print('runs')")
     with socket.socket() as taken:

@@ -218,7 +218,7 @@ def test_names_of_any_kind_are_kept(tmp_path):
     (tmp_path / "images/01_noise").rename(tmp_path / "images" / class_name)
     data = {"data_path": tmp_path / "images"}
     python = (processes.REPO / "main_cache.py", *cache_flags(tmp_path / "cache", **data))
-    assert "6 images" in finished(processes.python(*python)).out
+    assert "6 images" in finished(processes.forked(*python)).out
     assert "complete already" in finished(call("cache", *cache_flags(tmp_path / "cache", **data))).out
     train = helpers.train_flags(tmp_path / "run", cached_path=tmp_path / "cache", epochs=1, val_fraction=0.4)
     finished(call("lpd", *train))
