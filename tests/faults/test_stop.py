@@ -184,7 +184,7 @@ def eventful(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eventful")
     (folder / "train.py").write_text(EVENTFUL)
     flags = train_flags(folder / "run", batch_size=2, save_last_freq=0, val_freq=0)
-    return folder, processes.agent(2, folder / "train.py", folder / "seen", *flags)
+    return folder, processes.forked_group(2, folder / "train.py", folder / "seen", *flags)
 
 
 def test_signal_to_one_process_stops_all_after_the_same_step(eventful):

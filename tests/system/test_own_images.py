@@ -70,7 +70,7 @@ def test_recipe_serves_the_images_and_the_time_that_it_was_made_for(quick, tmp_p
 
 @pytest.fixture
 def small(monkeypatch):
-    """16 tokens and small models; steps are timed once; the programs are forked."""
+    """16 tokens and small models; steps are timed once, and seem slow; the programs are forked."""
     tokenizer, lpd = own_images.choose(18, torch.device("cpu"))
     tokenizer |= {"img_size": 32, "vocab_size": 64, "z_channels": 32, "multipliers": (1, 1, 1, 1)}
     lpd |= {"model": "lpd_micro"}
@@ -83,7 +83,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
     monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
-    monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: timed(step, device, least=0))
+    monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: 4 * timed(step, device, least=0))
     monkeypatch.setattr(own_images, "run_command", run_command)
 
 

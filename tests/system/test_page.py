@@ -101,6 +101,7 @@ def test_page_names_its_weights_and_another_seed_gives_another_image(tab):
     assert (first != second).any()
 
 
+@pytest.mark.long
 def test_painted_area_is_generated_as_another_class(tab):
     before = finished_picture(tab, "generated", "#generate").astype(int)
     tab.get_by_role("tab", name="Edit").click()
