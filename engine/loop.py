@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.checkpoint import LAST, save_checkpoint
 from util import distributed
 from util.cli import setting
-from util.device import AsyncScalar, matmul_rate, peak_memory
+from util.device import AsyncCopy, matmul_rate, peak_memory
 from util.files import write_json
 
 SAVE_SECONDS = 300  # between checkpoints, unless their frequency is given
@@ -291,7 +291,7 @@ class NonFiniteGuard:
     def check(self, steps_done, at_end=False):
         """The numbers, from 0, of MAX_IN_A_ROW steps in a row that were skipped, else an empty range. Call it
         after each step: counts are read LAG steps late, or all of them `at_end`."""
-        self._pending.append((steps_done, AsyncScalar(self.in_a_row)))
+        self._pending.append((steps_done, AsyncCopy(self.in_a_row)))
         while len(self._pending) > (0 if at_end else LAG):
             done, in_a_row = self._pending.popleft()
             if in_a_row.get() >= MAX_IN_A_ROW:

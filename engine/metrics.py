@@ -1,20 +1,21 @@
 """Metrics of features: FID, Inception Score, KID, precision and recall, by torch-fidelity's formulas.
 
-The Frechet distance is called `fid` for Inception features only; otherwise its name says what it is made of.
+Another metric is a function and a line in METRICS; to be asked for, it is a flag of `MetricSettings` too.
 torch-fidelity is imported where it is used: it takes as long to import as torch.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from util.files import atomic, read_arrays
+from engine.features import FeatureSettings, prefixes
+from util.cli import setting
+from util.files import array_names, atomic, read_arrays
 
 FACTS = ("n", "extractor", "extractor_digest", "img_size", "preparation")  # what our statistics files record
 REMEDY = "main_stats.py makes them of images: --data_path FOLDER, or --reference_batch FILE.npz with arr_0"
-INCEPTION_NAMES = {
-    "frechet_distance": "fid", "score": "is", "score_std": "is_std", "kernel_distance": "kid",
-    "kernel_distance_std": "kid_std",
-}
 
 
 class RunningStatistics:
@@ -45,18 +46,31 @@ class RunningStatistics:
         return {"mu": mu.numpy(), "sigma": sigma.numpy(), "n": self.n}
 
 
-def save_statistics(path, statistics, *, features=None, **facts):
-    """Write statistics as `.npz`: mu, sigma, n, the other FACTS and, if given, the features [n, F]."""
-    arrays = {**statistics, **facts} | ({"features": features} if features is not None else {})
+def statistics_of(features):
+    """The statistics of features float32 [n, F], as `RunningStatistics.finish`."""
+    running = RunningStatistics(features.shape[1])
+    for part in features.split(5000):
+        running.add(part)
+    return running.finish()
+
+
+def save_statistics(path, statistics):
+    """Write statistics, extractor name -> dict of mu, sigma, perhaps FACTS and features [n, F], as `.npz`."""
+    starts = prefixes(statistics)
+    arrays = {starts[name] + key: array for name in statistics for key, array in statistics[name].items()}
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_statistics(path, *, features=True):
+def load_statistics(path, extractor="", *, features=True):
     """Reference statistics, whoever made them: dict of mu float64 [F], sigma float64 [F, F] and, if recorded,
-    FACTS and, if asked for, features float32 [n, F]. ValueError if damaged, incomplete, or non-finite."""
+    FACTS and, if asked for, features float32 [n, F]. Of a file that holds those of several extractors, the
+    named one's. ValueError if damaged, incomplete, or non-finite."""
     try:
-        arrays = read_arrays(path, ("mu", "sigma"), (*FACTS, *["features"] * features))
+        prefix = f"{extractor}/" if f"{extractor}/mu" in array_names(path) else ""
+        required, optional = ("mu", "sigma"), (*FACTS, *["features"] * features)
+        arrays = read_arrays(path, *([prefix + key for key in keys] for keys in (required, optional)))
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
         found = {key: arrays[key].astype(np.float64) for key in ("mu", "sigma")}
         found |= {key: arrays[key].item() for key in FACTS if key in arrays}
         if "features" in arrays:
@@ -111,24 +125,59 @@ def precision_recall(features, reference, *, neighbours=3):
     return float(result["precision"]), float(result["recall"])
 
 
-def metric_name(kind, extractor_name):
-    """The reported name of a metric: the known names belong to Inception features, others add their own."""
-    return INCEPTION_NAMES.get(kind, kind) if extractor_name == "inception" else f"{kind}_{extractor_name}"
+@dataclass(frozen=True)
+class Metric:
+    """How numbers of some kinds are computed: of an extractor's output for the images and, if named, of one
+    for the reference; `statistics` are a dict of mu and sigma. With a flag it is computed if asked for."""
+
+    kinds: tuple[str, ...]
+    compute: Callable  # returns a float, or one for each kind
+    images: str
+    reference: str = ""
+    flag: str = ""
 
 
-def compute_metrics(features, logits, extractor_name, reference=None, *, kid=False, prc=False):
-    """All metrics of generated images, a dict of floats by `metric_name`, from features float32 [n, F] and
-    logits float32 [n, C] in image order. `kid` and `prc` need the reference's features."""
-    values = {}
-    values["score"], values["score_std"] = inception_score(logits)
+METRICS = (
+    Metric(("score", "score_std"), inception_score, "logits"),
+    Metric(("frechet_distance",), frechet_distance, "statistics", "statistics"),
+    Metric(("kernel_distance", "kernel_distance_std"), kernel_distance, "features", "features", "kid"),
+    Metric(("precision", "recall"), precision_recall, "features", "features", "prc"),
+)
+
+
+@dataclass(frozen=True)
+class MetricSettings(FeatureSettings):
+    """What images are measured with."""
+
+    fid_stats: str | None = setting(
+        None, "reference statistics, .npz with mu and sigma", kind=str, metavar="FILE"
+    )
+    kid: bool = setting(False, "kernel distance; needs the reference's features")
+    prc: bool = setting(False, "precision and recall; needs the reference's features")
+
+    @property
+    def asked(self):
+        """The flags of METRICS that are set."""
+        return tuple(metric.flag for metric in METRICS if metric.flag and getattr(self, metric.flag))
+
+
+def compute_metrics(extractor, outputs, reference=None, asked=()):
+    """The metrics for which an extractor's outputs and the reference have what they need, a dict of floats by
+    `metric_name`.
+
+    `outputs` are of all images, in order: features float32 [n, F], perhaps logits float32 [n, C], mu, sigma.
+    `reference` is a dict as of `load_statistics`, `asked` the flags that are set.
+    """
+    ours, theirs, values = dict(outputs), {}, {}
     if reference is not None:
-        running = RunningStatistics(features.shape[1])
-        for part in features.split(5000):
-            running.add(part)
-        values["frechet_distance"] = frechet_distance(running.finish(), reference)
-    real = torch.from_numpy(reference["features"]) if kid or prc else None
-    if kid:
-        values["kernel_distance"], values["kernel_distance_std"] = kernel_distance(features, real)
-    if prc:
-        values["precision"], values["recall"] = precision_recall(features, real)
-    return {metric_name(kind, extractor_name): value for kind, value in values.items()}
+        ours["statistics"] = outputs if "mu" in outputs else statistics_of(outputs["features"])
+        theirs["statistics"] = reference
+        if "features" in reference:
+            theirs["features"] = torch.as_tensor(reference["features"])
+    for metric in METRICS:
+        wanted = not metric.flag or metric.flag in asked
+        if wanted and metric.images in ours and metric.reference in ("", *theirs):
+            inputs = [ours[metric.images], *([theirs[metric.reference]] if metric.reference else [])]
+            found = np.ravel(metric.compute(*inputs)).tolist()
+            values |= {extractor.metric_name(kind): x for kind, x in zip(metric.kinds, found, strict=True)}
+    return values

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.evaluate import evaluate
+from engine.evaluate import GeneratedImages, evaluate
 from engine.fast import for_inference
 from engine.generate import generate_images
 from engine.train import plain
@@ -90,11 +90,11 @@ def sample_hook(settings, tokenizer, output_dir, class_names):
     return save_grid
 
 
-def evaluation_hook(spec, tokenizer, output_dir, world):
-    """A training hook that evaluates an EvaluationSpec in the precision of the training and logs the metrics.
+def evaluation_hook(evaluation, tokenizer, world):
+    """A training hook that runs an Evaluation in the precision of the training and logs the metrics.
 
-    Each evaluation has a folder named by the step and everything that decides its numbers, so nothing older
-    is mixed in or refused.
+    Each has a folder named by the step and everything that decides its numbers, so nothing older is mixed in
+    or refused.
     """
 
     def evaluate_now(state, log):
@@ -103,11 +103,13 @@ def evaluation_hook(spec, tokenizer, output_dir, world):
         model = copy.deepcopy(model) if bf16 else model  # bfloat16 must not stay in training
         model, decoder = for_inference(model, tokenizer, world.device, bf16=bf16)
         precision = "bfloat16" if bf16 else "float32"
-        facts = {**spec.facts, "precision": precision, "decoder": precision}
+        facts = {**evaluation.facts, "precision": precision, "decoder": precision}
         facts["weights_digest"] = state_digest(state.model)
-        name = value_digest([spec.settings.as_json(), spec.metrics.as_json(), facts])
-        folder = Path(output_dir) / "online_evaluation" / f"step-{state.step:07d}-{name}"
-        result = evaluate(dataclasses.replace(spec, facts=facts), folder, model, decoder, world)
+        name = value_digest([evaluation.settings.as_json(), evaluation.metrics.as_json(), facts])
+        folder = Path(evaluation.output_dir, "online_evaluation", f"step-{state.step:07d}-{name}")
+        images = GeneratedImages(evaluation.settings, evaluation.num_images, model, decoder)
+        now = dataclasses.replace(evaluation, facts=facts, output_dir=folder)
+        result = evaluate(now, images, world)
         if log:
             log.write(state.step, **result["metrics"])
 
@@ -115,13 +117,16 @@ def evaluation_hook(spec, tokenizer, output_dir, world):
 
 
 def print_result(result):
-    """Print an evaluation's settings and metrics as a table, and its warnings; `result` is None on all
-    processes but the first."""
+    """Print the settings and metrics of an evaluation, or of stored images, as a table, and its warnings;
+    `result` is None on all processes but the first."""
     if result is None:
         return
-    seconds = result["seconds"]["generate"] + result["seconds"]["decode"]
-    table = {name: result[name] for name in ("order", "steps", "cfg", "num_images")} | result["metrics"]
-    for name, value in {**table, "seconds_per_image": seconds / result["num_images"]}.items():
+    settings = ("preparation", "order", "steps", "cfg", "num_images")
+    table = {name: result[name] for name in settings if name in result} | result["metrics"]
+    if "generate" in result["seconds"]:
+        seconds = result["seconds"]["generate"] + result["seconds"]["decode"]
+        table["seconds_per_image"] = seconds / result["num_images"]
+    for name, value in table.items():
         print(f"{name:<23} {value if isinstance(value, (int, str)) else format(value, '.5g')}")
     for line in result["warnings"]:
         print(f"warning: {line}")

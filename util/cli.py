@@ -100,14 +100,16 @@ class Schedules(argparse.Action):
 # Settings: frozen dataclasses whose fields are also the flags of a program.
 
 
-def setting(default, help=None, *, kind=None, least=None, most=None, choices=None):
-    """A dataclass field that `add_settings` turns into a flag. `kind` is the type (default: the
-    default's)."""
+def setting(default, help=None, *, kind=None, least=None, most=None, **flag):
+    """A dataclass field that `add_settings` turns into a flag. `kind` is the type (default: the default's; a
+    tuple takes one word or more); `flag` is argparse's `choices` or `metavar`."""
     kind = kind or type(default)
     if kind is bool:
-        flag = {"action": "store_true"}
+        flag["action"] = "store_true"
+    elif kind is tuple:
+        flag["nargs"] = "+"
     else:
-        flag = {"type": number(kind, least, most) if kind in (int, float) else kind, "choices": choices}
+        flag["type"] = number(kind, least, most) if kind in (int, float) else kind
     return dataclasses.field(default=default, metadata={"flag": {**flag, "default": default, "help": help}})
 
 
@@ -273,6 +275,17 @@ def writable_folder(flag, path):
         if files.is_machine_trouble(error):
             raise
         raise UsageError(f"{flag}: cannot write into {nearest}: {error.strerror}") from None
+    return path
+
+
+def new_file(flag, path, suffix, overwrite):
+    """The path, if a file that ends in `suffix` can be written there, over an old one with --overwrite."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise UsageError(f"{flag} {path} must end in {suffix}")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{flag} {path} exists: give another name or --overwrite")
+    writable_folder(flag, path.parent)
     return path
 
 

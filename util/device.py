@@ -94,18 +94,21 @@ class _ClockEvent:
         synchronize(self.device)
         self.time = time.perf_counter()
 
+    def synchronize(self):
+        pass
+
     def elapsed_time(self, end):
         return 1000 * (end.time - self.time)
 
 
 def timing_event(device):
-    """An event with `record()` and `elapsed_time(end)` in milliseconds. On a CUDA GPU nothing waits: call
-    `synchronize` before reading times."""
+    """An event with `record()` and `elapsed_time(end)` in milliseconds. On a CUDA GPU nothing waits: call the
+    event's `synchronize` before reading times."""
     return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else _ClockEvent(device)
 
 
-class AsyncScalar:
-    """A number on a device, copied to the host in the background; `get()` waits for it if need be. The tensor
+class AsyncCopy:
+    """A tensor on a device, copied to the host in the background; `get()` waits for it if need be. The tensor
     must not be written to meanwhile."""
 
     def __init__(self, tensor):
@@ -117,7 +120,7 @@ class AsyncScalar:
     def get(self):
         if self._event:
             self._event.synchronize()
-        return self._value.item()
+        return self._value
 
 
 def matmul_rate(device, dtype, *, size=None):

@@ -101,6 +101,16 @@ def gather_objects(value):
     return values
 
 
+def gather_to_main(value):
+    """The list of every process's value, by rank, on the first process; elsewhere None."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    main = torch.distributed.get_rank() == 0
+    values = [None] * torch.distributed.get_world_size() if main else None
+    torch.distributed.gather_object(value, values)
+    return values
+
+
 def once(make):
     """What `make()` returns on the first process, on all of them; only there it is called."""
     if not torch.distributed.is_initialized():

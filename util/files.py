@@ -206,8 +206,11 @@ def value_digest(value):
 
 def file_digest(path):
     """16 hex digits that identify a file's contents."""
-    with naming(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with naming(path), Path(path).open("rb") as file:
+        while block := file.read(2**20):  # files may be larger than memory
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def refuse_changes(path, saved, now, remedy):
@@ -237,6 +240,12 @@ def _parts(value, name=""):
             yield from _parts(part, f"{name}[{i}]")
     else:
         yield name, value
+
+
+def array_names(path):
+    """The names of the arrays in an `.npz`. Raises ValueError, OSError: as `read_arrays`."""
+    with reading(path, ".npz"), np.load(path, allow_pickle=False) as archive:
+        return set(archive.files)
 
 
 def read_arrays(path, keys, optional=()):

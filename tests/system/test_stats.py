@@ -7,17 +7,20 @@ import torch
 from helpers import ON_CPU, SIZE, call
 from processes import finished, torchrun
 
-import main_stats
 from engine.evaluate import save_image_npz
+from engine.features import EXTRACTORS, Extractor
 from engine.metrics import load_statistics
 from util.folders import list_images
 from util.images import load_image
 
 
-class Pixels:
+class Pixels(Extractor):
     """A quick stand-in for an extractor: four features from the pixels."""
 
-    name, digest, num_features = "pixels", "0123", 4
+    digest, num_features = "0123", 4
+
+    def __init__(self, name="inception"):
+        self.name = name
 
     def __call__(self, images):
         return {"features": images.flatten(1)[:, :4].float() / 255}
@@ -25,7 +28,8 @@ class Pixels:
 
 @pytest.fixture
 def pixels(monkeypatch):
-    monkeypatch.setattr(main_stats, "make_extractor", lambda *_: Pixels())
+    for name in EXTRACTORS:
+        monkeypatch.setitem(EXTRACTORS, name, lambda *_, name=name: Pixels(name))
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +56,9 @@ def assert_numpys(found, images):
 def test_folder_gives_the_statistics_of_its_prepared_images(pixels, images, tmp_path):
     folder = helpers.images() / "train"
     found, out = stats(tmp_path / "s.npz", "--data_path", folder, "--img_size", SIZE)
-    assert "18 images, 4 features of pixels, all images, centre crop to 16 px" in out
+    assert "18 images, 4 features of inception, all images, centre crop to 16 px" in out
     assert_numpys(found, images)
-    assert (found["extractor"], found["extractor_digest"], found["img_size"]) == ("pixels", "0123", SIZE)
+    assert (found["extractor"], found["extractor_digest"], found["img_size"]) == ("inception", "0123", SIZE)
     assert "features" not in found
 
 

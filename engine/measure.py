@@ -1,0 +1,316 @@
+"""One pass over images: images -> extractors -> features. What is made of them are three compositions: an
+evaluation's chunks (engine/evaluate.py), the score of stored images (scripts/score.py), reference statistics.
+
+A set of images has a length and `batches(ids, timer)`, which yields uint8 [b, H, W, 3] for each of a list of
+int64 arrays of indices. Batches do not depend on the number of processes, so neither do the numbers.
+"""
+
+import hashlib
+from collections import Counter, defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.metrics import METRICS, RunningStatistics, compute_metrics, load_statistics, statistics_of
+from util.cli import Failure
+from util.device import AsyncCopy, device_name, is_cuda, timing_event, to_device
+from util.distributed import gather_to_main, say
+from util.files import array_names, file_digest, map_array
+from util.images import image_loader, load_image, readable_pixels
+
+LOSSY = {".jfif", ".jpe", ".jpeg", ".jpg", ".webp"}
+
+
+class EvaluationFailed(Failure):
+    """An evaluation that cannot continue."""
+
+
+# Stored images.
+
+
+def as_size(shape):
+    """[H, W, 3] as width x height."""
+    return f"{shape[1]}x{shape[0]} px"
+
+
+class FolderImages:
+    """The images of a `folders.ImageFolder`: ADM's centre crop to `size` pixels or, if it is None, as they
+    are, all of one size. ValueError if the first cannot be read."""
+
+    def __init__(self, folder, size=None, num_workers=0):
+        self.folder, self.crop, self.num_workers = folder, size, num_workers
+        self.shape = load_image(folder.root / folder.names[0], size, folder.reading).shape
+        how = f"centre crop to {size} px" if size else f"as they are, {as_size(self.shape)}"
+        self.preparation = f"{how}, read as {folder.reading}"
+        self.endings = Counter(Path(name).suffix.lower() for name in folder.names)
+
+    def __len__(self):
+        return len(self.folder)
+
+    def warnings(self):
+        """What may shift the metrics of these files, as lines."""
+        lossy = {ending: count for ending, count in self.endings.items() if ending in LOSSY}
+        return [f"compressed with losses, which changes FID: {lossy}"] if lossy else []
+
+    def batches(self, ids, timer=None):
+        """As the module says. Raises UnreadableImage; ValueError for an image of another size."""
+        pairs = ((batch.tolist(), [0] * len(batch)) for batch in ids)
+        for items in image_loader(self.folder, self.crop, pairs, self.num_workers):
+            for index, image in items:
+                if not isinstance(image, str) and image.shape != self.shape:
+                    sizes = f"{self.folder.names[index]} is {as_size(image.shape)}, not {as_size(self.shape)}"
+                    raise EvaluationFailed(f"{self.folder.root}: {sizes}: give --img_size for a centre crop")
+            yield torch.from_numpy(readable_pixels(items)[1])
+
+
+class ArrayImages:
+    """Images in an `.npz` as ADM stores them, arr_0 uint8 [n, H, W, 3]. ValueError if it is anything else."""
+
+    endings = {}
+
+    def __init__(self, path):
+        self.path, self.array = Path(path), map_array(path, "arr_0")
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            found = f"{self.array.dtype} {list(self.array.shape)}"
+            raise ValueError(f"{path}: arr_0 is {found}, not uint8 [n, H, W, 3]")
+        self.shape = self.array.shape[1:]
+        self.preparation = f"reference batch of {self.shape[0]} px, as it is"
+
+    def __len__(self):
+        return len(self.array)
+
+    def warnings(self):
+        """None: an array is what it is."""
+        return []
+
+    def batches(self, ids, timer=None):
+        """As the module says."""
+        for batch in ids:
+            yield torch.from_numpy(self.array[batch])
+
+
+# The pass.
+
+
+class Batch(NamedTuple):
+    """What a pass finds: extractor name -> dict of float32 tensors [b, ...], on the host; the images, uint8
+    [b, H, W, 3], if they are kept; and seconds by phase."""
+
+    outputs: dict
+    images: torch.Tensor | None
+    seconds: dict
+
+
+def extract(images, ids, extractors, device, *, keep_images=False):
+    """Yield a Batch for each array of indices in `ids`. A GPU works on the next one meanwhile."""
+    timer = PhaseTimer(device)
+
+    def launched():
+        for batch, pixels in zip(ids, images.batches(ids, timer), strict=True):
+            kept = AsyncCopy(pixels) if keep_images else None
+            pixels = to_device(pixels, device)
+            with timer.phase("features"):
+                found = {extractor.name: extractor(pixels) for extractor in extractors}
+            yield batch[-1], _map(found, lambda x: AsyncCopy(x.float())), kept, timer.cut()
+
+    for last, found, kept, events in delayed(launched(), 1 if is_cuda(device) else 0):
+        found = _map(found, AsyncCopy.get)
+        for name, outputs in found.items():
+            if not outputs["features"].isfinite().all():
+                raise EvaluationFailed(f"non-finite {name} features in images up to {last}")
+        yield Batch(found, kept and kept.get(), timer.seconds(events))
+
+
+def _map(outputs, function):
+    return {name: {key: function(x) for key, x in found.items()} for name, found in outputs.items()}
+
+
+def delayed(items, lag):
+    """The same items, each yielded only when `lag` more have been made."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > lag:
+            yield waiting.popleft()
+    yield from waiting
+
+
+class PhaseTimer:
+    """Seconds that the device spends in phases. A GPU is waited for only by `seconds`, until the last of the
+    given events."""
+
+    def __init__(self, device):
+        self.device, self.events = device, []
+
+    @contextmanager
+    def phase(self, name):
+        start, end = timing_event(self.device), timing_event(self.device)
+        start.record()
+        yield
+        end.record()
+        self.events.append((name, start, end))
+
+    def cut(self):
+        """The events since the last cut."""
+        events, self.events = self.events, []
+        return events
+
+    @staticmethod
+    def seconds(events):
+        """Phase -> seconds."""
+        seconds = defaultdict(float)
+        for name, start, end in events:
+            end.synchronize()
+            seconds[name] += start.elapsed_time(end) / 1000
+        return seconds
+
+
+def measure(images, extractors, batch_size, world, keep=None):
+    """Measure stored images; the processes share them, whole batches each.
+
+    Args:
+        keep: the outputs to keep besides the statistics; None keeps all.
+    Returns:
+        on the first process: extractor name -> dict of mu, sigma, n, and of the outputs of all images, in
+        their order; and a digest of the images. Elsewhere ({}, "").
+    """
+    ids = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
+    own = ids[world.rank :: world.size]
+    sums = {extractor.name: RunningStatistics(extractor.num_features) for extractor in extractors}
+    kept, digests = defaultdict(list), []
+    with tqdm(total=sum(map(len, own)), unit="img", disable=not world.is_main, mininterval=1) as progress:
+        for batch in extract(images, own, extractors, world.device, keep_images=True):
+            digests.append(b"".join(hashlib.sha256(image).digest() for image in batch.images.numpy()))
+            for name, outputs in batch.outputs.items():
+                if keep == ():
+                    sums[name].add(outputs["features"])
+                for key in outputs if keep is None else keep:
+                    kept[name, key].append(outputs[key])
+            progress.update(len(batch.images))
+    parts = gather_to_main((sums, kept, digests))
+    return _merged(parts, len(ids)) if world.is_main else ({}, "")
+
+
+def _merged(parts, num_batches):
+    """What `measure` returns, from (sums, outputs by name and key, digests) of every process."""
+
+    def in_order(lists):
+        return [lists[i % len(lists)][i // len(lists)] for i in range(num_batches)]
+
+    sums, kept, digests = zip(*parts, strict=True)
+    found = {name: {} for name in sums[0]}
+    for name, key in kept[0]:
+        found[name][key] = torch.cat(in_order([lists[name, key] for lists in kept]))
+    for name, outputs in found.items():
+        for other in sums[1:]:
+            sums[0][name].merge(other[name])
+        # Of features that are kept: their order is that of one process, so that all digits are the same.
+        outputs |= statistics_of(outputs["features"]) if "features" in outputs else sums[0][name].finish()
+    return found, hashlib.sha256(b"".join(in_order(digests))).hexdigest()[:16]
+
+
+def with_known(found, known):
+    """What `measure` found, with the mean and covariance of a file in place of those measured, by extractor
+    name: ADM's are of more images than the file holds."""
+    merged = {}
+    for name in {**found, **known}:
+        replaced = ("mu", "sigma", "n") if name in known else ()
+        others = {key: value for key, value in found.get(name, {}).items() if key not in replaced}
+        merged[name] = {**others, **known.get(name, {})}
+    return merged
+
+
+# What images are measured with.
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """Extractors, and what they found of real images: `references`, extractor name -> dict as of
+    `load_statistics`, and what `measured` adds from `reference_images`. `asked` are flags of METRICS."""
+
+    extractors: list
+    references: dict = field(default_factory=dict)
+    reference_digest: str = ""
+    reference_images: object = None
+    asked: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, settings, device, img_size, reference_images=None):
+        """From MetricSettings; `img_size` is that of the images to be measured. ValueError if the reference
+        is of another size, other features or weights, or lacks what --kid and --prc need."""
+        extractors, path = settings.extractors(device), settings.fid_stats
+        if not path:
+            if settings.asked and not reference_images:
+                raise ValueError("--kid and --prc need the features of real images: give --fid_stats")
+            return cls(extractors, reference_images=reference_images, asked=settings.asked)
+        references = {}
+        for extractor in extractors:
+            reference = load_statistics(path, extractor.name, features=bool(settings.asked))
+            _check_reference(reference, extractor, img_size)
+            references[extractor.name] = reference
+        names = array_names(path)
+        if {"mu_s", "sigma_s"} & names:
+            say(f"{path}: mu_s and sigma_s are not read, sFID is not offered")
+        if settings.asked and not all("features" in reference for reference in references.values()):
+            if "arr_0" not in names:
+                raise ValueError("--kid and --prc need --fid_stats made by main_stats.py --save_features")
+            reference_images = ArrayImages(path)  # ADM's, of which mu and sigma are not
+        return cls(extractors, references, file_digest(path), reference_images, settings.asked)
+
+    def as_json(self):
+        """A dict of plain values."""
+        images, reference = self.reference_images, next(iter(self.references.values()), {})
+        if images and not reference:
+            reference = {"n": len(images), "preparation": images.preparation}
+        return {
+            "features": " ".join(extractor.name for extractor in self.extractors),
+            "features_digest": " ".join(extractor.digest for extractor in self.extractors),
+            "reference_digest": self.reference_digest, "reference_n": reference.get("n"),
+            "reference_preparation": reference.get("preparation"),
+            **{metric.flag: metric.flag in self.asked for metric in METRICS if metric.flag},
+        }
+
+    def measured(self, batch_size, world):
+        """The same with what is measured of `reference_images`, on the first process; all take part."""
+        if self.reference_images is None:
+            return self
+        keep = ("features",) if self.asked else ()
+        found, digest = measure(self.reference_images, self.extractors, batch_size, world, keep)
+        references = with_known(found, self.references)
+        return replace(self, references=references, reference_digest=self.reference_digest or digest)
+
+    def compute(self, outputs):
+        """All metrics of images, from extractor name -> outputs as of `compute_metrics`."""
+        values = {}
+        for extractor in self.extractors:
+            reference = self.references.get(extractor.name)
+            values |= compute_metrics(extractor, outputs[extractor.name], reference, self.asked)
+        return values
+
+
+def _check_reference(reference, extractor, img_size):
+    """Compare what a reference records, if anything, with the images and their extractor."""
+    name = reference.get("extractor", extractor.name)
+    digest = reference.get("extractor_digest", extractor.digest)
+    if (size := reference.get("img_size", img_size)) != img_size:
+        raise ValueError(f"--fid_stats is of {size} px images, those to be measured have {img_size} px")
+    if name != extractor.name:
+        raise ValueError(f"--fid_stats is of {name} features, --features is {extractor.name}")
+    if digest != extractor.digest:
+        raise ValueError(f"--fid_stats is of {name} weights {digest}, now they are {extractor.digest}")
+    if (size := len(reference["mu"])) != extractor.num_features:
+        raise ValueError(f"--fid_stats: mu is [{size}], {name} has {extractor.num_features} features")
+
+
+def environment(device):
+    """The device and the versions that decide digits of the metrics, a dict of plain values."""
+    return {
+        "device": device_name(device), "torch": torch.__version__,
+        "torch_fidelity": version("torch_fidelity"), "numpy": np.__version__,
+    }
