@@ -50,8 +50,8 @@ def open_images(args, world):
     """The images to measure, and how they are prepared."""
     if args.reference_batch:
         images = ArrayImages(args.reference_batch)
-        cli.check_stated(args, img_size=images.shape[0])
-        return images, images.preparation
+        cli.check_stated(args, img_size=images.img_size)
+        return images, f"reference batch, {images.preparation}"
     size = args.img_size or 256
     train, val = cli.open_folders(args, size, world)
     folder = {"train": train, "val": val}[args.split]
@@ -88,7 +88,7 @@ def main(argv=None):
         statistics, found = {}, with_known(found, known)
         digests = {extractor.name: {"extractor_digest": extractor.digest} for extractor in extractors}
         for name in dict.fromkeys(settings.features):
-            facts = {"extractor": name, "img_size": images.shape[0], "preparation": preparation}
+            facts = {"extractor": name, "img_size": images.img_size, "preparation": preparation}
             statistics[name] = {**found[name], **facts, **digests.get(name, {})}
         save_statistics(args.output_file, statistics)
         for name, values in statistics.items():

@@ -19,11 +19,12 @@ import torch_fidelity
 
 from benchmarks.measure import publish, record
 from benchmarks.random_inception import save_random_inception
-from engine.evaluate import EvaluationSpec, MetricSpec, evaluate
+from engine.evaluate import Evaluation, GeneratedImages, evaluate
 from engine.fast import for_inference
-from engine.features import make_extractor
+from engine.features import Inception
 from engine.generate import resolve_settings
-from engine.metrics import RunningStatistics, compute_metrics
+from engine.measure import MetricSpec
+from engine.metrics import compute_metrics, statistics_of
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
@@ -50,18 +51,16 @@ def parse_args(argv=None):
 def random_reference(n=4000):
     """Statistics of random Inception features of full rank, and the features."""
     features = torch.rand(n, 2048, generator=torch.Generator().manual_seed(1))
-    running = RunningStatistics(2048)
-    running.add(features)
-    return {**running.finish(), "features": features.numpy()}
+    return {**statistics_of(features), "features": features.numpy()}
 
 
 def time_metrics(n, prc):
     """Seconds of the metrics of n random features and logits."""
     torch.manual_seed(0)
-    features, logits = torch.rand(n, 2048), torch.randn(n, 1008)
+    outputs = {"features": torch.rand(n, 2048), "logits": torch.randn(n, 1008)}
     reference = random_reference(n if prc else 4000)
     start = time.perf_counter()
-    compute_metrics(features, logits, "inception", reference, kid=prc, prc=prc)
+    compute_metrics(Inception, outputs, reference, ("kid", "prc") if prc else ())
     return {"images": n, "kid_and_prc": prc, "seconds": {"metrics": round(time.perf_counter() - start, 1)}}
 
 
@@ -75,11 +74,12 @@ def time_evaluation(args, world):
     settings = resolve_settings(config.grid_size, generation_steps=steps, sampling=sampling)
     with tempfile.TemporaryDirectory() as folder:
         weights = save_random_inception(Path(folder) / "inception.pth")
-        metrics = MetricSpec(make_extractor("inception", world.device, weights), random_reference())
+        metrics = MetricSpec([Inception(weights, world.device)], {"inception": random_reference()})
         for n in (args.eval_bsz + 1, args.num_images):
             start = time.perf_counter()
-            spec = EvaluationSpec(settings, metrics, n, args.eval_bsz, {})
-            result = evaluate(spec, Path(folder, str(start)), model, decoder, world)
+            place = Path(folder, str(start))
+            evaluation = Evaluation(settings, {}, metrics, n, args.eval_bsz, place)
+            result = evaluate(evaluation, GeneratedImages(settings, n, model, decoder), world)
             wall = time.perf_counter() - start
     seconds = result["seconds"]
     measuring = seconds["features"] + seconds["metrics"]

@@ -34,65 +34,67 @@ class EvaluationFailed(Failure):
 # Stored images.
 
 
-def as_size(shape):
-    """[H, W, 3] as width x height."""
-    return f"{shape[1]}x{shape[0]} px"
+class StoredImages:
+    """Images that lie somewhere: `shape` [H, W, 3] of each, `preparation`, and how many files have which of
+    the `endings`."""
+
+    endings = {}
+
+    @property
+    def img_size(self):
+        """Pixels of a side, or a text if the sides differ."""
+        height, width, _ = self.shape
+        return height if height == width else f"{width}x{height}"
+
+    def warnings(self):
+        """Why metrics of these files may not be comparable: a list of lines."""
+        lossy = [f"{count} {ending}" for ending, count in self.endings.items() if ending in LOSSY]
+        return [f"{', '.join(lossy)}: lossy compression changes FID"] if lossy else []
 
 
-class FolderImages:
+class FolderImages(StoredImages):
     """The images of a `folders.ImageFolder`: ADM's centre crop to `size` pixels or, if it is None, as they
     are, all of one size. ValueError if the first cannot be read."""
 
     def __init__(self, folder, size=None, num_workers=0):
         self.folder, self.crop, self.num_workers = folder, size, num_workers
         self.shape = load_image(folder.root / folder.names[0], size, folder.reading).shape
-        how = f"centre crop to {size} px" if size else f"as they are, {as_size(self.shape)}"
+        how = f"centre crop to {size} px" if size else f"{self.img_size} px as they are"
         self.preparation = f"{how}, read as {folder.reading}"
         self.endings = Counter(Path(name).suffix.lower() for name in folder.names)
 
     def __len__(self):
         return len(self.folder)
 
-    def warnings(self):
-        """What may shift the metrics of these files, as lines."""
-        lossy = {ending: count for ending, count in self.endings.items() if ending in LOSSY}
-        return [f"compressed with losses, which changes FID: {lossy}"] if lossy else []
-
     def batches(self, ids, timer=None):
-        """As the module says. Raises UnreadableImage; ValueError for an image of another size."""
+        """As the module says. Raises UnreadableImage; EvaluationFailed for an image of another size."""
         pairs = ((batch.tolist(), [0] * len(batch)) for batch in ids)
         for items in image_loader(self.folder, self.crop, pairs, self.num_workers):
             for index, image in items:
                 if not isinstance(image, str) and image.shape != self.shape:
-                    sizes = f"{self.folder.names[index]} is {as_size(image.shape)}, not {as_size(self.shape)}"
-                    raise EvaluationFailed(f"{self.folder.root}: {sizes}: give --img_size for a centre crop")
+                    name, (height, width, _) = self.folder.root / self.folder.names[index], image.shape
+                    sizes = f"{width}x{height} px, the first image {self.img_size} px"
+                    raise EvaluationFailed(f"{name} has {sizes}: --img_size N would crop all alike")
             yield torch.from_numpy(readable_pixels(items)[1])
 
 
-class ArrayImages:
+class ArrayImages(StoredImages):
     """Images in an `.npz` as ADM stores them, arr_0 uint8 [n, H, W, 3]. ValueError if it is anything else."""
 
-    endings = {}
-
     def __init__(self, path):
-        self.path, self.array = Path(path), map_array(path, "arr_0")
+        self.array = map_array(path, "arr_0")
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
             found = f"{self.array.dtype} {list(self.array.shape)}"
             raise ValueError(f"{path}: arr_0 is {found}, not uint8 [n, H, W, 3]")
         self.shape = self.array.shape[1:]
-        self.preparation = f"reference batch of {self.shape[0]} px, as it is"
+        self.preparation = f"{self.img_size} px as they are"
 
     def __len__(self):
         return len(self.array)
 
-    def warnings(self):
-        """None: an array is what it is."""
-        return []
-
     def batches(self, ids, timer=None):
         """As the module says."""
-        for batch in ids:
-            yield torch.from_numpy(self.array[batch])
+        return (torch.from_numpy(self.array[batch]) for batch in ids)
 
 
 # The pass.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from engine.evaluate import warnings
-from engine.measure import ArrayImages, FolderImages, MetricSpec, as_size, environment, measure
+from engine.measure import ArrayImages, FolderImages, MetricSpec, environment, measure
 from engine.metrics import MetricSettings
 from engine.report import print_result
 from util import cli, distributed, folders
@@ -46,23 +46,26 @@ def check(args):
 def open_images(source, args, size):
     """The images of a source, centre-cropped to `size` pixels, or as they are if that is None."""
     if Path(source).suffix == ".npz":
-        return ArrayImages(source)
-    folder = folders.all_images(source, cli.reading(args))
-    if folder.left_out:
-        distributed.say(f"{source}: left out: {', '.join(folder.left_out)}")
-    return FolderImages(folder, size, args.num_workers)
+        images = ArrayImages(source)
+    else:
+        folder = folders.all_images(source, cli.reading(args))
+        images = FolderImages(folder, size, args.num_workers)
+        distributed.say(f"{source}: {', left out: '.join([f'{len(folder)} images', *folder.left_out])}")
+    if size and images.img_size != size:
+        raise ValueError(f"{source} has images of {images.img_size} px, not {size} px")
+    if len(images) < (least := 4 if args.prc else 2):
+        raise ValueError(f"{source}: {len(images)} images, {least} are needed")
+    return images
 
 
-def open_reference(args, images):
-    """The images of --reference, cropped to the size of those that are measured."""
+def open_both(args):
+    """The images, and those of --reference, if given, cropped to the same size."""
+    images = open_images(args.images, args, args.img_size)
     if not args.reference:
-        return None
+        return images, None
     height, width, _ = images.shape
     reference = open_images(args.reference, args, height if height == width else None)
-    if reference.shape != images.shape:
-        sizes = f"{as_size(reference.shape)}, --images {as_size(images.shape)}"
-        raise ValueError(f"--reference has {sizes}: give --img_size")
-    return reference
+    return images, reference
 
 
 def main(argv=None):
@@ -70,13 +73,9 @@ def main(argv=None):
     check(args)
     with cli.checking():
         world = distributed.init(args.device, args.timeout)
-        images = open_images(args.images, args, args.img_size)
-        cli.check_stated(args, img_size=args.img_size and images.shape[0])
-        reference = open_reference(args, images)
-        if len(images) < (least := 4 if args.prc else 2):
-            raise ValueError(f"--images: {len(images)} images, {least} are needed")
+        images, reference = open_both(args)
         settings = cli.settings_from(MetricSettings, args)
-        metrics = MetricSpec.load(settings, world.device, images.shape[0], reference)
+        metrics = MetricSpec.load(settings, world.device, images.img_size, reference)
     start = time.perf_counter()
     metrics = metrics.measured(args.batch_size, world)
     outputs, digest = measure(images, metrics.extractors, args.batch_size, world)
@@ -87,7 +86,7 @@ def main(argv=None):
     seconds = {"features": measured - start, "metrics": time.perf_counter() - measured}
     result = {
         "images": str(args.images), "images_digest": digest, "num_images": len(images),
-        "img_size": images.shape[0], "preparation": images.preparation, "files": images.endings,
+        "img_size": images.img_size, "preparation": images.preparation, "files": images.endings,
         "batch_size": args.batch_size, **metrics.as_json(), **environment(world.device),
         "warnings": warnings(len(images)) + images.warnings(), "metrics": values,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()}, "processes": world.size,
