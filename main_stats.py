@@ -12,7 +12,7 @@ from util import cli  # isort: skip
 from dataclasses import replace
 
 from engine.features import FeatureSettings
-from engine.measure import ArrayImages, FolderImages, measure, with_known
+from engine.measure import ArrayImages, FolderImages, measure, reference_of
 from engine.metrics import load_statistics, save_statistics
 from util import distributed
 from util.files import array_names
@@ -82,14 +82,15 @@ def main(argv=None):
         settings = cli.settings_from(FeatureSettings, args)
         names = [name for name in settings.features if args.save_features or name not in known]
         extractors = replace(settings, features=names).extractors(world.device)
-    keep = ("features",) if args.save_features else ()
-    found = measure(images, extractors, args.batch_size, world, keep)[0] if extractors else {}
+    found = {}
+    if extractors:
+        found, _ = measure(images, extractors, args.batch_size, world, keep=args.save_features)
     if world.is_main:
-        statistics, found = {}, with_known(found, known)
         digests = {extractor.name: {"extractor_digest": extractor.digest} for extractor in extractors}
+        facts, statistics = {"img_size": images.img_size, "preparation": preparation}, {}
         for name in dict.fromkeys(settings.features):
-            facts = {"extractor": name, "img_size": images.img_size, "preparation": preparation}
-            statistics[name] = {**found[name], **facts, **digests.get(name, {})}
+            own = reference_of(found.get(name, {}), known.get(name))
+            statistics[name] = {**own, "extractor": name, **digests.get(name, {}), **facts}
         save_statistics(args.output_file, statistics)
         for name, values in statistics.items():
             kept = f"mu and sigma of {args.reference_batch}" if name in known else f"{len(images)} images"

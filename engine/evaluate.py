@@ -19,20 +19,12 @@ import torch
 from tqdm import tqdm
 
 from engine.decoding import generate_tokens
-from engine.features import prefixes
+from engine.features import nested
 from engine.generate import GenerationSettings
-from engine.measure import EvaluationFailed, MetricSpec, environment, extract
+from engine.measure import EvaluationFailed, MetricSpec, environment, extract, in_batches
 from models.weights import state_digest
 from util.distributed import barrier, gather_objects, main_alone
-from util.files import (
-    array_names,
-    atomic,
-    map_array,
-    read_arrays,
-    read_json,
-    refuse_changes,
-    write_json,
-)
+from util.files import array_names, atomic, map_array, read_arrays, read_json, refuse_changes, write_json
 from util.images import to_uint8
 from util.pictures import save_png
 
@@ -89,13 +81,12 @@ class Evaluation:
     def protocol_file(self):
         return self.chunks / "protocol.json"
 
-    @property
-    def num_chunks(self):
-        return -(-self.num_images // self._chunk_size)
-
-    @property
-    def _chunk_size(self):
-        return self.batch_size * max(1, self.num_images // (MIN_CHUNKS * self.batch_size))
+    @cached_property
+    def batches(self):
+        """The image numbers, int64 [b], of the batches of each chunk: a list of lists."""
+        batches = in_batches(self.num_images, self.batch_size)
+        each = max(1, self.num_images // (MIN_CHUNKS * self.batch_size))
+        return [batches[i : i + each] for i in range(0, len(batches), each)]
 
     def chunk(self, index):
         return self.chunks / f"chunk-{index:05d}.npz"
@@ -103,13 +94,7 @@ class Evaluation:
     def missing(self):
         """The indices of the chunks that do not exist; without the protocol no chunk's settings are known."""
         known = self.protocol_file.exists()
-        return [index for index in range(self.num_chunks) if not (known and self.chunk(index).exists())]
-
-    def batches(self, index):
-        """The image numbers of a chunk, a list of int64 [b]: whole batches, except the last one of all."""
-        start = index * self._chunk_size
-        ids = np.arange(start, min(start + self._chunk_size, self.num_images))
-        return np.split(ids, range(self.batch_size, len(ids), self.batch_size))
+        return [index for index in range(len(self.batches)) if not (known and self.chunk(index).exists())]
 
     def _from_chunk(self, index, read, *what):
         try:
@@ -119,17 +104,13 @@ class Evaluation:
 
     def read(self, key):
         """The list of this array of each chunk, in image order. EvaluationFailed names a damaged file."""
-        return [self._from_chunk(i, read_arrays, [key])[key] for i in range(self.num_chunks)]
+        return [self._from_chunk(i, read_arrays, [key])[key] for i in range(len(self.batches))]
 
     def outputs(self):
         """What the extractors returned for all images, as `MetricSpec.compute` takes it."""
-        names = [extractor.name for extractor in self.metrics.extractors]
-        found = {name: {} for name in names}
-        for key in sorted(self._from_chunk(0, array_names) - {"images", "seconds"}):
-            first, _, rest = key.rpartition("/")
-            name = first or names[0]
-            found[name][rest] = torch.from_numpy(np.concatenate(self.read(key)))
-        return found
+        keys = self._from_chunk(0, array_names) - {"images", "seconds"}
+        arrays = {key: torch.from_numpy(np.concatenate(self.read(key))) for key in keys}
+        return nested(arrays, [extractor.name for extractor in self.metrics.extractors])
 
 
 # Images of a model.
@@ -249,7 +230,7 @@ def begin(evaluation):
 
 def fill_chunks(evaluation, missing, images, world):
     """Measure the images of these chunks and write them."""
-    ids = [batch for chunk in missing for batch in evaluation.batches(chunk)]
+    ids = [batch for chunk in missing for batch in evaluation.batches[chunk]]
     keep = bool(evaluation.save_images or evaluation.save_npz)
     stream = extract(images, ids, evaluation.metrics.extractors, world.device, keep_images=keep)
     with (
@@ -258,23 +239,21 @@ def fill_chunks(evaluation, missing, images, world):
     ):
         for chunk in missing:
             write_chunk(evaluation, chunk, stream, png_writers)
-            progress.update(sum(map(len, evaluation.batches(chunk))))
+            progress.update(sum(map(len, evaluation.batches[chunk])))
 
 
 def write_chunk(evaluation, chunk, stream, png_writers):
     """Write a chunk: what the extractors returned, float32 [n, ...], seconds by phase and, for an `.npz`, the
     images. Its batches are the next of the stream."""
     arrays, seconds, pngs = defaultdict(list), np.zeros(len(PHASES)), []
-    for ids, batch in zip(evaluation.batches(chunk), stream, strict=False):
-        seconds += [batch.seconds[phase] for phase in PHASES]
-        for name, prefix in prefixes(batch.outputs).items():
-            for key, values in batch.outputs[name].items():
-                arrays[prefix + key].append(values.numpy())
+    for ids, (found, times) in zip(evaluation.batches[chunk], stream, strict=False):
+        seconds += [times[phase] for phase in PHASES]
         if folder := evaluation.save_images:
-            for i, pixels in zip(ids, batch.images.numpy(), strict=True):
+            for i, pixels in zip(ids, found["images"].numpy(), strict=True):
                 pngs.append(png_writers.submit(save_png, folder / f"{i:06d}.png", pixels))
-        if evaluation.save_npz:
-            arrays["images"].append(batch.images.numpy())
+        for key, values in found.items():
+            if key != "images" or evaluation.save_npz:
+                arrays[key].append(values.numpy())
     for png in pngs:
         png.result()  # a chunk is complete when its PNGs are; a full disk is raised here
     arrays = {key: np.concatenate(parts) for key, parts in arrays.items()}
@@ -293,7 +272,7 @@ def write_result(evaluation, metrics, images, processes):
     seconds = dict(zip(PHASES, sum(evaluation.read("seconds")), strict=True))
     seconds["metrics"] = time.perf_counter() - start
     if evaluation.save_npz:
-        parts = (map_array(evaluation.chunk(chunk), "images") for chunk in range(evaluation.num_chunks))
+        parts = (map_array(evaluation.chunk(chunk), "images") for chunk in range(len(evaluation.batches)))
         save_image_npz(evaluation.save_npz, parts, images.labels(np.arange(n)))
     write_json(evaluation.result, {
         **evaluation.protocol, "warnings": warnings(n, images.model.config.num_classes), "metrics": values,

@@ -190,7 +190,17 @@ class FeatureSettings:
         return [EXTRACTORS[name](getattr(self, name, None), device) for name in dict.fromkeys(self.features)]
 
 
-def prefixes(names):
-    """What the names of an extractor's arrays begin with in a file, by its name. The first has no prefix, so
-    that a file of one extractor has none."""
-    return {name: f"{name}/" if i else "" for i, name in enumerate(names)}
+def flat(outputs):
+    """Extractor name -> dict of arrays, as one dict with the names that they have in files: those of the
+    first extractor as they are, so that a file of one needs no more, the others behind `NAME/`."""
+    prefixes = {name: f"{name}/" if i else "" for i, name in enumerate(outputs)}
+    return {prefixes[name] + key: array for name in outputs for key, array in outputs[name].items()}
+
+
+def nested(arrays, names):
+    """The inverse of `flat` for these extractor names."""
+    outputs = {name: {} for name in names}
+    for key, array in arrays.items():
+        name, _, rest = key.rpartition("/")
+        outputs[name or names[0]][rest] = array
+    return outputs

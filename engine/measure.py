@@ -10,13 +10,14 @@ from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine.features import flat, nested
 from engine.metrics import METRICS, RunningStatistics, compute_metrics, load_statistics, statistics_of
 from util.cli import Failure
 from util.device import AsyncCopy, device_name, is_cuda, timing_event, to_device
@@ -100,37 +101,33 @@ class ArrayImages(StoredImages):
 # The pass.
 
 
-class Batch(NamedTuple):
-    """What a pass finds: extractor name -> dict of float32 tensors [b, ...], on the host; the images, uint8
-    [b, H, W, 3], if they are kept; and seconds by phase."""
-
-    outputs: dict
-    images: torch.Tensor | None
-    seconds: dict
+def in_batches(n, batch_size):
+    """The indices of n images as a list of int64 arrays."""
+    return np.split(np.arange(n), range(batch_size, n, batch_size))
 
 
 def extract(images, ids, extractors, device, *, keep_images=False):
-    """Yield a Batch for each array of indices in `ids`. A GPU works on the next one meanwhile."""
+    """Yield what is found of each array of indices in `ids`. A GPU works on the next one meanwhile.
+
+    Yields:
+        a dict of host tensors, what the extractors return as float32 under the names of `flat`, and `images`
+        if they are kept; and seconds by phase. EvaluationFailed if a value is not finite.
+    """
     timer = PhaseTimer(device)
 
     def launched():
-        for batch, pixels in zip(ids, images.batches(ids, timer), strict=True):
-            kept = AsyncCopy(pixels) if keep_images else None
+        for pixels in images.batches(ids, timer):
+            kept = {"images": AsyncCopy(pixels)} if keep_images else {}
             pixels = to_device(pixels, device)
             with timer.phase("features"):
-                found = {extractor.name: extractor(pixels) for extractor in extractors}
-            yield batch[-1], _map(found, lambda x: AsyncCopy(x.float())), kept, timer.cut()
+                found = flat({extractor.name: extractor(pixels) for extractor in extractors})
+            yield {key: AsyncCopy(value.float()) for key, value in found.items()} | kept, timer.cut()
 
-    for last, found, kept, events in delayed(launched(), 1 if is_cuda(device) else 0):
-        found = _map(found, AsyncCopy.get)
-        for name, outputs in found.items():
-            if not outputs["features"].isfinite().all():
-                raise EvaluationFailed(f"non-finite {name} features in images up to {last}")
-        yield Batch(found, kept and kept.get(), timer.seconds(events))
-
-
-def _map(outputs, function):
-    return {name: {key: function(x) for key, x in found.items()} for name, found in outputs.items()}
+    for batch, (copies, events) in zip(ids, delayed(launched(), 1 if is_cuda(device) else 0), strict=True):
+        found = {key: copy.get() for key, copy in copies.items()}
+        if wrong := [key for key, value in found.items() if not value.isfinite().all()]:
+            raise EvaluationFailed(f"non-finite {wrong[0]} in images up to {batch[-1]}")
+        yield found, timer.seconds(events)
 
 
 def delayed(items, lag):
@@ -173,59 +170,51 @@ class PhaseTimer:
         return seconds
 
 
-def measure(images, extractors, batch_size, world, keep=None):
+def measure(images, extractors, batch_size, world, *, keep):
     """Measure stored images; the processes share them, whole batches each.
 
-    Args:
-        keep: the outputs to keep besides the statistics; None keeps all.
     Returns:
-        on the first process: extractor name -> dict of mu, sigma, n, and of the outputs of all images, in
-        their order; and a digest of the images. Elsewhere ({}, "").
+        on the first process: extractor name -> dict of what it returned for all images, in their order, or,
+        if that is not to be kept, of mu, sigma and n; and a digest of the images. Elsewhere ({}, "").
     """
-    ids = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
+    ids, names = in_batches(len(images), batch_size), [extractor.name for extractor in extractors]
     own = ids[world.rank :: world.size]
     sums = {extractor.name: RunningStatistics(extractor.num_features) for extractor in extractors}
-    kept, digests = defaultdict(list), []
+    kept, digests = [], []
     with tqdm(total=sum(map(len, own)), unit="img", disable=not world.is_main, mininterval=1) as progress:
-        for batch in extract(images, own, extractors, world.device, keep_images=True):
-            digests.append(b"".join(hashlib.sha256(image).digest() for image in batch.images.numpy()))
-            for name, outputs in batch.outputs.items():
-                if keep == ():
+        for found, _ in extract(images, own, extractors, world.device, keep_images=True):
+            pixels = found.pop("images").numpy()
+            digests.append(b"".join(hashlib.sha256(image).digest() for image in pixels))
+            if keep:
+                kept.append(found)
+            else:
+                for name, outputs in nested(found, names).items():
                     sums[name].add(outputs["features"])
-                for key in outputs if keep is None else keep:
-                    kept[name, key].append(outputs[key])
-            progress.update(len(batch.images))
-    parts = gather_to_main((sums, kept, digests))
-    return _merged(parts, len(ids)) if world.is_main else ({}, "")
+            progress.update(len(pixels))
+    parts = gather_to_main((kept, digests, sums))
+    if not world.is_main:
+        return {}, ""
+    kept, digests, (sums, *others) = zip(*parts, strict=True)
+    digest = hashlib.sha256(b"".join(_in_turn(digests))).hexdigest()[:16]
+    if keep:
+        kept = _in_turn(kept)
+        return nested({key: torch.cat([found[key] for found in kept]) for key in kept[0]}, names), digest
+    for name, other in ((name, other[name]) for other in others for name in names):
+        sums[name].merge(other)
+    return {name: sums[name].finish() for name in names}, digest
 
 
-def _merged(parts, num_batches):
-    """What `measure` returns, from (sums, outputs by name and key, digests) of every process."""
-
-    def in_order(lists):
-        return [lists[i % len(lists)][i // len(lists)] for i in range(num_batches)]
-
-    sums, kept, digests = zip(*parts, strict=True)
-    found = {name: {} for name in sums[0]}
-    for name, key in kept[0]:
-        found[name][key] = torch.cat(in_order([lists[name, key] for lists in kept]))
-    for name, outputs in found.items():
-        for other in sums[1:]:
-            sums[0][name].merge(other[name])
-        # Of features that are kept: their order is that of one process, so that all digits are the same.
-        outputs |= statistics_of(outputs["features"]) if "features" in outputs else sums[0][name].finish()
-    return found, hashlib.sha256(b"".join(in_order(digests))).hexdigest()[:16]
+def _in_turn(lists):
+    """The items of lists to which they were dealt in turn."""
+    return [item for turn in zip_longest(*lists) for item in turn if item is not None]
 
 
-def with_known(found, known):
-    """What `measure` found, with the mean and covariance of a file in place of those measured, by extractor
-    name: ADM's are of more images than the file holds."""
-    merged = {}
-    for name in {**found, **known}:
-        replaced = ("mu", "sigma", "n") if name in known else ()
-        others = {key: value for key, value in found.get(name, {}).items() if key not in replaced}
-        merged[name] = {**others, **known.get(name, {})}
-    return merged
+def reference_of(outputs, known=None):
+    """Reference statistics, as of `load_statistics`, from what `measure` found of real images. Mean and
+    covariance that are known replace theirs: ADM's are of more images than its file holds."""
+    if "features" not in outputs:
+        return known or outputs
+    return {**(known or statistics_of(outputs["features"])), "features": outputs["features"]}
 
 
 # What images are measured with.
@@ -282,9 +271,10 @@ class MetricSpec:
         """The same with what is measured of `reference_images`, on the first process; all take part."""
         if self.reference_images is None:
             return self
-        keep = ("features",) if self.asked else ()
-        found, digest = measure(self.reference_images, self.extractors, batch_size, world, keep)
-        references = with_known(found, self.references)
+        found, digest = measure(
+            self.reference_images, self.extractors, batch_size, world, keep=bool(self.asked)
+        )
+        references = {name: reference_of(found[name], self.references.get(name)) for name in found}
         return replace(self, references=references, reference_digest=self.reference_digest or digest)
 
     def compute(self, outputs):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.features import FeatureSettings, prefixes
+from engine.features import FeatureSettings, flat
 from util.cli import setting
 from util.files import array_names, atomic, read_arrays
 
@@ -56,10 +56,8 @@ def statistics_of(features):
 
 def save_statistics(path, statistics):
     """Write statistics, extractor name -> dict of mu, sigma, perhaps FACTS and features [n, F], as `.npz`."""
-    starts = prefixes(statistics)
-    arrays = {starts[name] + key: array for name in statistics for key, array in statistics[name].items()}
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **flat(statistics))
 
 
 def load_statistics(path, extractor="", *, features=True):
@@ -165,12 +163,12 @@ def compute_metrics(extractor, outputs, reference=None, asked=()):
     """The metrics for which an extractor's outputs and the reference have what they need, a dict of floats by
     `metric_name`.
 
-    `outputs` are of all images, in order: features float32 [n, F], perhaps logits float32 [n, C], mu, sigma.
-    `reference` is a dict as of `load_statistics`, `asked` the flags that are set.
+    `outputs` are of all images, in order: features float32 [n, F], perhaps logits float32 [n, C]. `reference`
+    is a dict as of `load_statistics`, `asked` the flags that are set.
     """
     ours, theirs, values = dict(outputs), {}, {}
     if reference is not None:
-        ours["statistics"] = outputs if "mu" in outputs else statistics_of(outputs["features"])
+        ours["statistics"] = statistics_of(outputs["features"])
         theirs["statistics"] = reference
         if "features" in reference:
             theirs["features"] = torch.as_tensor(reference["features"])

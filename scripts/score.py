@@ -78,7 +78,7 @@ def main(argv=None):
         metrics = MetricSpec.load(settings, world.device, images.img_size, reference)
     start = time.perf_counter()
     metrics = metrics.measured(args.batch_size, world)
-    outputs, digest = measure(images, metrics.extractors, args.batch_size, world)
+    outputs, digest = measure(images, metrics.extractors, args.batch_size, world, keep=True)
     if not world.is_main:
         return
     measured = time.perf_counter()

@@ -293,7 +293,7 @@ def test_changed_setting_is_refused_by_its_name(state, models, tmp_path):
 
 
 def test_non_finite_features_end_the_evaluation(models, tmp_path):
-    with pytest.raises(EvaluationFailed, match="non-finite pixels features in images up to 1"):
+    with pytest.raises(EvaluationFailed, match="non-finite features in images up to 1"):
         run(models, tmp_path, extractor=Pixels(scale=torch.inf))
     assert spec(tmp_path).missing() == [0, 1, 2]
 
@@ -326,10 +326,10 @@ def test_full_disk_is_one_line_and_the_run_resumes_later(pixels, tmp_path, monke
 @pytest.mark.parametrize("n, batch", [(50000, 64), (10000, 64), (2000, 256), (7, 3), (300, 1)])
 def test_chunks_are_whole_batches_that_cover_each_image_once(n, batch, tmp_path):
     evaluation = spec(tmp_path, num_images=n, batch_size=batch)
-    ids = [evaluation.batches(chunk) for chunk in range(evaluation.num_chunks)]
-    assert np.array_equal(np.concatenate(sum(ids, [])), np.arange(n))
-    assert all(len(part) == batch for part in sum(ids, [])[:-1])
-    assert len(ids) >= min(evaluate.MIN_CHUNKS, n // batch)
+    batches = [ids for chunk in evaluation.batches for ids in chunk]
+    assert np.array_equal(np.concatenate(batches), np.arange(n))
+    assert all(len(ids) == batch for ids in batches[:-1])
+    assert len(evaluation.batches) >= min(evaluate.MIN_CHUNKS, n // batch)
 
 
 # Saved images.
