@@ -28,7 +28,7 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace --output_file")
     add("--img_size", type=cli.number(int, 1), help="pixels; default: 256, or the batch's own")
     add("--batch_size", type=cli.number(int, 1), default=64)
-    add("--save_features", action="store_true", help="for KID and precision: 8 KB an image, on each process")
+    add("--save_features", action="store_true", help="for KID and precision; 12 KB of memory an image")
     cli.add_settings(parser, FeatureSettings)
     cli.add_device_flags(parser)
     cli.add_timeout_flag(parser)

@@ -235,24 +235,22 @@ class MetricSpec:
     def load(cls, settings, device, img_size, reference_images=None):
         """From MetricSettings; `img_size` is that of the images to be measured. ValueError if the reference
         is of another size, other features or weights, or lacks what --kid and --prc need."""
-        extractors, path = settings.extractors(device), settings.fid_stats
-        if not path:
-            if settings.asked and not reference_images:
-                raise ValueError("--kid and --prc need the features of real images: give --fid_stats")
-            return cls(extractors, reference_images=reference_images, asked=settings.asked)
-        references = {}
-        for extractor in extractors:
-            reference = load_statistics(path, extractor.name, features=bool(settings.asked))
-            _check_reference(reference, extractor, img_size)
-            references[extractor.name] = reference
-        names = array_names(path)
-        if {"mu_s", "sigma_s"} & names:
+        extractors, references = settings.extractors(device), {}
+        path, asked = settings.fid_stats, settings.asked
+        for extractor in extractors if path else ():
+            references[extractor.name] = load_statistics(path, extractor.name, features=bool(asked))
+            _check_reference(references[extractor.name], extractor, img_size)
+        names = array_names(path) if path else ()
+        if "mu_s" in names:
             say(f"{path}: mu_s and sigma_s are not read, sFID is not offered")
-        if settings.asked and not all("features" in reference for reference in references.values()):
+        lacking = not references or any("features" not in known for known in references.values())
+        if asked and lacking and not reference_images:
             if "arr_0" not in names:
-                raise ValueError("--kid and --prc need --fid_stats made by main_stats.py --save_features")
-            reference_images = ArrayImages(path)  # ADM's, of which mu and sigma are not
-        return cls(extractors, references, file_digest(path), reference_images, settings.asked)
+                flags = " and ".join(f"--{flag}" for flag in asked)
+                raise ValueError(f"{flags}: give --fid_stats of main_stats.py --save_features or ADM's batch")
+            reference_images = ArrayImages(path)  # its mu and sigma are of more images
+        digest = file_digest(path) if path else ""
+        return cls(extractors, references, digest, reference_images, asked)
 
     def as_json(self):
         """A dict of plain values."""

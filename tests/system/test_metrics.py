@@ -185,7 +185,7 @@ def test_wrong_statistics_are_refused_by_name(case, tmp_path):
     ({"extractor": "other"}, {}, "is of other features, --features is four"),
     ({"extractor_digest": "0123"}, {}, "is of four weights 0123, now they are ab"),
     ({"img_size": 32}, {}, "is of 32 px images, those to be measured have 16 px"),
-    ({}, {"prc": True}, "--kid and --prc need --fid_stats made by main_stats.py --save_features"),
+    ({}, {"prc": True}, "--prc: give --fid_stats of main_stats.py --save_features or ADM's batch"),
 ], ids=["size", "extractor", "weights", "pixels", "features"])
 def test_reference_that_does_not_fit_is_refused(content, flags, message, four, tmp_path):
     np.savez(tmp_path / "s.npz", **{"mu": MU, "sigma": SIGMA, **content})

@@ -193,7 +193,7 @@ def test_lossy_files_are_scored_with_a_warning(pixels, tmp_path):
     ({"images": None}, "--images is needed"),
     ({"images": "no/such/folder"}, "No such file or directory: 'no/such/folder'"),
     ({"reference": "a", "fid_stats": "b"}, "either --reference or --fid_stats"),
-    ({"prc": True}, "--kid and --prc need the features of real images: give --fid_stats"),
+    ({"prc": True}, "--prc: give --fid_stats of main_stats.py --save_features or ADM's batch"),
     ({"fid_stats": "images.npz"}, "images.npz: no statistics with mu and sigma"),
     ({"img_size": 8}, "images.npz has images of 16 px, not 8 px"),
     ({"output_file": "s.txt"}, "--output_file s.txt must end in .json"),
