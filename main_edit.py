@@ -8,11 +8,11 @@ from util import cli  # isort: skip
 import numpy as np
 import torch
 
+from engine import published
 from engine.decoding import edit_tokens
 from engine.fast import for_inference
 from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
 from engine.sampling import Sampling
-from models.lpd import LPD_CONFIGS
 from orders.lpd_order import random_orders
 from util import images, pictures
 from util.device import choose_device, describe
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     part("--variations", type=cli.number(float, 0, 1), metavar="SHARE", help="generate random cells")
     add("--num", type=cli.number(int, 1), default=4, help="results, each with its own random draws")
     add("--paste", type=count, metavar="PIXELS", help="restore kept pixels, blended over this many")
-    cli.add_weights_flags(parser, LPD_CONFIGS)
+    cli.add_weights_flags(parser, published.MODELS)
     cli.add_output_flags(parser)
     cli.add_class_names_flag(parser)
     add("--batch_size", type=cli.number(int, 1), default=64)
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     cli.add_device_flags(parser)
     add_order_flags(parser, from_file=False)
     cli.add_settings(parser, Sampling)
-    return parser.parse_args(argv)
+    return published.parse(parser, argv)
 
 
 def prepare(args, image, img_size, grid_size):
@@ -124,7 +124,7 @@ def save(output, pixels, cells, edited, film):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    cli.required(args, "image", "class", "pretrained_ckpt", "vqgan_path", "output_dir")
+    cli.required(args, "image", "class", "pretrained_ckpt", "vqgan_path")
     with cli.checking():
         device = choose_device(args.device)
         image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))

@@ -1,7 +1,7 @@
 """Train and evaluate LPD.
 
     torchrun --nproc_per_node 8 main_lpd.py --model lpd_l --use_cached --cached_path DIR --output_dir RUN
-    torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l --pretrained_ckpt FILE --cfg 4.8
+    torchrun --nproc_per_node 8 main_lpd.py --evaluate --model lpd_l_256 --bf16 --output_dir RESULT
 
 Recipes are in scripts/train and scripts/eval. To resume, run the same command again; with more --epochs it
 goes on from where it ended.
@@ -11,7 +11,7 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from engine import evaluate, report
+from engine import evaluate, published, report
 from engine.checkpoint import LAST
 from engine.data import EncodedImages, token_source
 from engine.fast import FastGenerator, compiled_lpd, for_inference
@@ -33,7 +33,7 @@ from util.token_cache import names_digest, open_token_cache, split_cache
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Train and evaluate LPD")
-    cli.add_weights_flags(parser, LPD_CONFIGS)
+    cli.add_weights_flags(parser, published.MODELS)
     parser.add_argument("--class_num", type=cli.number(int, 1), help="checked against the data or weights")
     parser.add_argument("--output_dir", metavar="DIR")
     cli.add_seed_flag(parser)
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--save_npz", metavar="FILE", type=Path, help="save the images as ADM does: arr_0 and labels")
     add_order_flags(parser)
     cli.add_settings(parser, Sampling)
-    return parser.parse_args(argv)
+    return published.parse(parser, argv)
 
 
 def check_flags(args):

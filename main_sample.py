@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from engine import published
 from engine.decoding import generate_tokens
 from engine.fast import FastGenerator, for_inference
 from engine.generate import ORDER_FLAGS, add_order_flags, generate_images, load_pair, resolve_settings
 from engine.sampling import Sampling
-from models.lpd import LPD_CONFIGS
 from models.weights import ORDER_SUFFIXES, find
 from orders.plot import steps_of_cells
 from orders.schedule import cosine_group_sizes
@@ -31,7 +31,7 @@ RECORD = "sample.json"  # what was made and how; marks a folder as this program'
 
 def parse_args(argv=None):
     parser = cli.Parser(description="Generate images of chosen classes")
-    cli.add_weights_flags(parser, LPD_CONFIGS)
+    cli.add_weights_flags(parser, published.MODELS)
     cli.add_output_flags(parser)
     add = parser.add_argument
     add("--classes", nargs="+", metavar="CLASS", help="indices or names; default: the first ten")
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     cli.add_device_flags(parser)
     add_order_flags(parser)
     cli.add_settings(parser, Sampling)
-    return parser.parse_args(argv)
+    return published.parse(parser, argv)
 
 
 def load(args):
@@ -115,7 +115,7 @@ def save_film_and_order(output, model, decoder, settings, labels, num_per_class)
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.required(args, "pretrained_ckpt", "vqgan_path", "output_dir")
+    cli.required(args, "pretrained_ckpt", "vqgan_path")
     with cli.checking():
         args.lpd_order_file = args.lpd_order_file and find(args.lpd_order_file, ORDER_SUFFIXES)
         device = choose_device(args.device)

@@ -23,9 +23,9 @@ except ModuleNotFoundError as error:
 import numpy as np
 
 from demo.session import Request, Session, Worker, edit, generate
+from engine import published
 from engine.fast import for_inference
 from engine.generate import ORDERS, default_steps, load_pair
-from models.lpd import LPD_CONFIGS
 from util.device import choose_device
 
 MAX_UPLOAD = "8mb"  # of a file; its pixels are limited by util.images.MAX_PIXELS
@@ -36,7 +36,7 @@ FONTS = ["system-ui", "sans-serif"]  # the theme's own would be fetched from els
 
 def parse_args(argv=None):
     parser = cli.Parser(description="A page to generate and edit images in a browser")
-    cli.add_weights_flags(parser, LPD_CONFIGS)
+    cli.add_weights_flags(parser, published.MODELS)
     parser.set_defaults(
         pretrained_ckpt=SHIPPED / "lpd.safetensors", vqgan_path=SHIPPED / "tokenizer.safetensors"
     )
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="compile the decoder of images, on a GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=cli.number(int, 1, 65535), default=7860)
-    return parser.parse_args(argv)
+    return published.parse(parser, argv)
 
 
 def load(args):

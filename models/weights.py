@@ -75,8 +75,11 @@ def _find_on_hub(name, suffixes, revision):
     if file and (Path(file).suffix not in suffixes or ".." in Path(file).parts):
         raise ValueError(f"{name} does not name a file that ends in {', '.join(suffixes)}")
     try:
-        file = Path(file or _pick_file(_names_on_hub(uri.id, revision), suffixes, "the repository"))
+        found = _files_on_hub(uri.id, revision)
+        file = Path(file or _pick_file(found, suffixes, "the repository"))
         files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
+        if size := found.get(str(file)):
+            say(f"fetching {name}: {file}, {size / 1e6:,.1f} MB")
         folder = snapshot_download(uri.id, revision=revision, allow_patterns=files)
     except Exception as error:  # of the cache, the network or the server: there is no common type
         raise FileNotFoundError(f"{name}: {' '.join(str(error).split())[:400]}") from error
@@ -85,15 +88,17 @@ def _find_on_hub(name, suffixes, revision):
     return Path(folder) / file
 
 
-def _names_on_hub(repo, revision):
-    """The names of a repository's files; without a network, of those that are cached."""
-    from huggingface_hub import list_repo_files, snapshot_download
+def _files_on_hub(repo, revision):
+    """Name -> bytes that are still to fetch, of the files in a repository; without a network, of those that
+    are cached."""
+    from huggingface_hub import snapshot_download
 
     try:
-        return list_repo_files(repo, revision=revision)
+        files = snapshot_download(repo, revision=revision, dry_run=True)
+        return {file.filename: file.file_size * file.will_download for file in files}
     except Exception:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[]))
-        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): 0 for path in folder.rglob("*") if path.is_file()}
 
 
 def read_weights(path, *kinds):

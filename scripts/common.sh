@@ -30,9 +30,24 @@ require_count() { # require_count NAME: the variable is a whole number from 1
     [[ ${!1} =~ ^[1-9][0-9]*$ ]] || usage_error "$1=${!1} is not a whole number of at least 1"
 }
 
-require_tokenizer() {
-    VQGAN_PATH=${VQGAN_PATH:-$repo/tokenizers/vq_ds16_c2i.pt}
+require_tokenizer() { # VQGAN_PATH, else the file in tokenizers/, else the hub's
+    local file=vq_ds16_c2i.pt
+    if [[ -z ${VQGAN_PATH:-} ]]; then
+        VQGAN_PATH=$repo/tokenizers/$file
+        [[ -e $VQGAN_PATH ]] || VQGAN_PATH=hf://FoundationVision/LlamaGen/$file
+    fi
     require_path VQGAN_PATH "the VQ tokenizer's weights, see tokenizers/README.md"
+}
+
+require_orders() { # require_orders NAME: LPD_ORDER_FILE, else the file made here, the hub's, or one made now
+    local made=$repo/orders/lpd_orders_generated/$1.json hub=hf://mit-han-lab/lpd_orders/$1.json
+    if [[ -z ${LPD_ORDER_FILE:-} ]]; then
+        [[ -e $made || ${DRY_RUN:-0} != 0 ]] || "$python" "$repo/scripts/fetch.py" "$hub" ||
+            bash "$repo/orders/run_lpd_order.sh"
+        LPD_ORDER_FILE=$hub
+        [[ ! -e $made ]] || LPD_ORDER_FILE=$made
+    fi
+    require_path LPD_ORDER_FILE "the generation orders, made by orders/run_lpd_order.sh"
 }
 
 from_slurm() { # in a job step of your own: one task per machine; variables that are set win
@@ -108,17 +123,17 @@ train_lpd() { # train_lpd GLOBAL_BATCH MOST FLAGS...: what all published trainin
 }
 
 eval_lpd() { # eval_lpd ORDERS FLAGS...: FID and IS of 50,000 images made with the order file named ORDERS
-    local resolution=${1%%_*}
-    LPD_ORDER_FILE=${LPD_ORDER_FILE:-$repo/orders/lpd_orders_generated/$1.json}
+    local resolution=${1%%_*} orders=$1
     FID_STATS=${FID_STATS:-$repo/fid_stats/adm_in${resolution#res}_stats.npz}
+    OUTPUT_DIR=${OUTPUT_DIR:-output/eval/$(basename "$0" .sh)} # where this program is called
     shift
-    require_path PRETRAINED_CKPT "the trained weights (.pth, .safetensors or a run folder)"
+    [[ -z ${PRETRAINED_CKPT:-} ]] || require_path PRETRAINED_CKPT "the trained weights (.pth, .safetensors or a run folder)"
     require_path FID_STATS "reference statistics, from the published repository or made by main_stats.py"
-    require_set OUTPUT_DIR "the folder for the result"
     require_tokenizer
-    require_path LPD_ORDER_FILE "the generation orders, made by orders/run_lpd_order.sh"
+    require_orders "$orders"
     set_processes
-    launch --evaluate --pretrained_ckpt "$PRETRAINED_CKPT" --vqgan_path "$VQGAN_PATH" \
+    [[ ${DRY_RUN:-0} != 0 ]] || echo "$VQGAN_PATH, $LPD_ORDER_FILE, $FID_STATS -> $OUTPUT_DIR"
+    launch --evaluate ${PRETRAINED_CKPT:+--pretrained_ckpt "$PRETRAINED_CKPT"} --vqgan_path "$VQGAN_PATH" \
         --fid_stats "$FID_STATS" --output_dir "$OUTPUT_DIR" --lpd_order_file "$LPD_ORDER_FILE" \
         --device cuda --num_images 50000 --eval_bsz 64 --cfg_schedule linear --temperature 1.0 --bf16 "$@"
 }

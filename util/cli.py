@@ -6,6 +6,7 @@ processes (sysexits.h: try again), 128 + n a stop by signal n.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -226,7 +227,7 @@ def add_weights_flags(parser, models):
 
 def add_output_flags(parser):
     """--output_dir and --overwrite, for `prepare_output`."""
-    parser.add_argument("--output_dir", metavar="DIR")
+    parser.add_argument("--output_dir", metavar="DIR", help="default: a new folder in output/")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output_dir")
 
 
@@ -291,7 +292,11 @@ def new_file(flag, path, suffix, overwrite):
 
 def prepare_output(args, record):
     """The --output_dir as a Path: empty or new; with --overwrite, an earlier run's of the program, which the
-    file `record` identifies, without its images."""
+    file `record` identifies, without its images. If none is given, a new one in output/ that has the record's
+    name."""
+    if not args.output_dir:
+        numbered = (Path("output", f"{Path(record).stem}-{i}") for i in itertools.count(1))
+        return writable_folder("--output_dir", next(path for path in numbered if not path.exists()))
     folder = writable_folder("--output_dir", args.output_dir)
     if not folder.exists() or not any(folder.iterdir()):
         return folder

@@ -16,6 +16,7 @@ from helpers import call_main
 from PIL import Image
 from processes import REPO
 
+from engine.published import PUBLISHED, order_file
 from scripts import sweep
 from scripts.data import fashion_mnist
 
@@ -117,7 +118,7 @@ def test_evaluation_script_has_the_published_settings(name, paths):
     script = REPO / f"scripts/eval/{name}.sh"
     flags = flags_of(bash(script, "--eval_bsz", "5", env=paths))
     expected = {
-        "--evaluate": "", "--device": "cuda", "--model": model, "--img_size": str(pixels),
+        "--evaluate": "", "--device": "cuda", "--model": f"{model}_{pixels}", "--img_size": str(pixels),
         "--generation_steps": str(steps), "--num_images": "50000", "--cfg_schedule": "linear",
         "--temperature": "1.0", "--eval_bsz": "5",
         "--pretrained_ckpt": paths["PRETRAINED_CKPT"], "--fid_stats": paths["FID_STATS"],
@@ -125,6 +126,44 @@ def test_evaluation_script_has_the_published_settings(name, paths):
     }
     assert expected.items() <= flags.items() and float(flags["--cfg"]) == cfg
     assert f"eval_lpd res{pixels}_steps{steps}_repulsion{repulsion} " in script.read_text()
+    published = PUBLISHED[flags["--model"]]
+    assert (published.size, published.img_size, published.repulsion) == (model, pixels, repulsion)
+    assert published.guidance[steps] == cfg
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_without_files_reads_the_published_ones(name, paths):
+    """Weights that are not given are those of the published name, which main_lpd.py knows."""
+    flags = flags_of(bash(REPO / f"scripts/eval/{name}.sh", env={
+        name: paths[name] for name in ("DRY_RUN", "NGPU", "FID_STATS")
+    }))
+    published, steps = PUBLISHED[flags["--model"]], int(flags["--generation_steps"])
+    made = REPO / f"orders/lpd_orders_generated/{Path(order_file(published, steps)).name}"
+    assert flags["--lpd_order_file"] == (str(made) if made.exists() else order_file(published, steps))
+    assert flags["--vqgan_path"] == published.flags(name)["vqgan_path"]
+    assert "--pretrained_ckpt" not in flags and flags["--output_dir"] == f"output/eval/{name}"
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_orders_are_made_here_if_the_hub_is_not_reachable(reachable, tmp_path):
+    """A stand-in for Python fetches nothing, or fails to, and makes orders without any work."""
+    for name in ("scripts/common.sh", "orders/run_lpd_order.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"#!/usr/bin/env bash\n[[ $1 == */fetch.py ]] && exit {0 if reachable else 2}\n"
+        'while [[ $1 != --output_file ]]; do shift; done\nmkdir -p "${2%/*}" && touch "$2"\n'
+    )
+    python.chmod(0o755)
+    name = "res256_steps20_repulsion2"
+    command = f"source scripts/common.sh; require_orders {name}; echo $LPD_ORDER_FILE"
+    words = ["bash", "-euc", command]
+    result = subprocess.run(words, env=CLEAN, cwd=tmp_path, capture_output=True, text=True)
+    made = tmp_path / f"orders/lpd_orders_generated/{name}.json"
+    expected = f"hf://mit-han-lab/lpd_orders/{name}.json" if reachable else str(made)
+    assert (result.stdout, made.exists()) == (f"{expected}\n", not reachable), result.stderr
 
 
 def test_names_on_the_hub_are_passed_on(paths):
@@ -135,7 +174,6 @@ def test_names_on_the_hub_are_passed_on(paths):
 
 @pytest.mark.parametrize("script, needed", [
     ("train/lpd_l_512", {"OUTPUT_DIR", "CACHED_PATH", "PRETRAINED_CKPT"}),
-    ("eval/lpd_l_res256_steps20", {"OUTPUT_DIR", "PRETRAINED_CKPT"}),
     ("sweep_fashion", {"OUTPUT_DIR"}),
 ])
 def test_missing_variable_or_file_is_named_before_anything_starts(script, needed, paths):
