@@ -9,7 +9,6 @@ import dataclasses
 import time
 from functools import partial
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -84,33 +83,30 @@ def generate(make, settings, labels, batch_size):
     return torch.cat(images[5:]).numpy(), min(seconds[1:4]), sum(seconds[5:]) / len(labels)
 
 
-def save_images(output, steps, images, labels, names, num_per_class):
-    """One PNG per image, in a folder per class. Returns the sheet of all, a row for each class."""
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        name = names[label].strip(".").replace("/", "_") or "_"  # it must not lead out of the folder
+def save_images(output, steps, images, names, rows):
+    """One PNG per image, in a folder of the name of its class. Returns the sheet of all; the dict `rows` has
+    the first image and the title of each row."""
+    for i, (image, name) in enumerate(zip(images, names, strict=True)):
+        name = name.strip(".").replace("/", "_") or "_"  # it must not lead out of the folder
         pictures.save_png(output / f"images_{steps}_steps" / name / f"{i:05d}.png", image)
-    rows = [cli.plain_name(names[label]) for label in labels[::num_per_class].tolist()]
-    return pictures.labelled_rows(images, rows, title=f"{steps} steps")
+    return pictures.labelled_rows(images, list(rows.values()), title=f"{steps} steps")
 
 
-def save_film_and_order(output, model, decoder, settings, labels, num_per_class):
-    """The film of the first image of each class (ten at most), and the order of the first image."""
-    ids = torch.arange(0, len(labels), num_per_class)[:10]
-    frames = []
-
-    def add_frame(tokens, slots, order):
-        images = pictures.filled(to_uint8(decoder.decode(tokens)).cpu().numpy(), order.cpu().numpy(), slots)
-        frames.append(pictures.grid(images, min(5, len(ids))))
-
+def save_film_and_order(output, model, decoder, settings, labels, rows):
+    """The film of the first images of `rows` (ten at most), and the order of the first."""
+    ids, made = torch.tensor(list(rows)[:10]), []
     _, order = generate_tokens(
         model, labels[ids], settings.orders(ids.numpy()), settings.group_sizes, settings.sampling,
-        seed=settings.seed, image_ids=ids, on_group=add_frame, return_order=True,
+        seed=settings.seed, image_ids=ids, return_order=True,
+        on_group=lambda tokens, *_: made.append(to_uint8(decoder.decode(tokens)).cpu().numpy()),
     )
-    frames = [np.full_like(frames[0], pictures.GREY), *frames]
+    steps = steps_of_cells(order.cpu().numpy(), settings.group_sizes)
+    steps = steps.reshape(len(ids), settings.grid_size, -1) + 1
+    names = list(rows.values())
+    frames = [pictures.film_frame(*film, steps, names) for film in enumerate([made[0], *made])]
     pictures.save_film(output / "film.gif", frames)
-    steps = steps_of_cells(order[:1].cpu().numpy(), settings.group_sizes).reshape(settings.grid_size, -1)
-    drawing = pictures.order_map(steps, f"{settings.order} order, {steps.max() + 1} steps")
-    pictures.save_png(output / "order.png", drawing)
+    title = f"{settings.order} order, {steps.max()} steps"
+    pictures.save_png(output / "order.png", pictures.order_map(steps[0], title))
 
 
 def main(argv=None):
@@ -123,17 +119,19 @@ def main(argv=None):
         output = cli.prepare_output(args, RECORD)
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16, compiled=args.compile)
-    how = {"bf16": args.bf16, "compile": args.compile}
-    record = {"settings": variants[0].as_json(), "labels": labels.tolist(), **how}
+    how = {"bf16": args.bf16, "compile": args.compile, "labels": labels.tolist()}
+    record = {"settings": variants[0].as_json(), **how}
     write_json(output / RECORD, record)
     make = partial(generate_images, model, decoder)
     if args.compile:
         make = FastGenerator(model, decoder).generate_images
+    names = [names[label] for label in labels.tolist()]
+    rows = {i: cli.plain_name(names[i]) for i in range(0, len(labels), args.num_per_class)}
     sheets, timings = [], []
     for settings in variants:
         name, steps = f"{settings.order} order", len(settings.group_sizes)
         images, alone, in_batch = generate(make, settings, labels, args.batch_size)
-        sheets.append(save_images(output, steps, images, labels, names, args.num_per_class))
+        sheets.append(save_images(output, steps, images, names, rows))
         timings.append({"name": name, "steps": steps, "alone": alone, "in_batch": in_batch})
         print(f"{name}, {steps} steps: {alone:.4f} s for an image alone, {in_batch:.4f} s in a batch")
     pictures.save_png(output / "grid.png", sheets[0])
@@ -141,7 +139,7 @@ def main(argv=None):
         pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
         alone, in_batch = (timings[1][name] / timings[0][name] for name in ("alone", "in_batch"))
         print(f"ratio: {alone:.1f}x alone, {in_batch:.1f}x in a batch")
-    save_film_and_order(output, model, decoder, variants[0], labels, args.num_per_class)
+    save_film_and_order(output, model, decoder, variants[0], labels, rows)
     write_json(output / RECORD, {**record, "seconds_per_image": timings})
     print(f"pictures: {output}/grid.png, order.png, film.gif")
 

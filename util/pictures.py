@@ -8,6 +8,7 @@ from util.images import as_pixels
 
 GREY = 128  # cells that are not generated yet
 SHOWN = 96  # pixels of a small image in a grid
+FILM_WIDTH, LATEST = 1300, (255, 120, 0)  # pixels of a film, about; the colour of its latest step
 
 
 def save_png(path, pixels):
@@ -65,6 +66,32 @@ def side_by_side(sheets, *, gap=24):
     height = max(sheet.shape[0] for sheet in sheets)
     padded = [np.pad(s, ((0, height - s.shape[0]), (0, gap), (0, 0)), constant_values=255) for s in sheets]
     return np.concatenate(padded, axis=1)
+
+
+def film_frame(done, images, steps, names):
+    """A frame of the film of a decoding, of which `done` steps are over: images [n, H, W, 3] in a row under
+    their names, grey where nothing is decoded yet, and below each its order, the latest step in orange; as
+    many as FILM_WIDTH has room for. `steps`, int [n, g, g], has the step of each cell, from 1. Returns uint8
+    [height, width, 3]."""
+    from matplotlib import colormaps
+
+    side = np.shape(images)[1]
+    room = max(2, FILM_WIDTH // max(SHOWN, side))
+    images, steps, names = images[:room], steps[:room], names[:room]
+    maps = 255 * colormaps["viridis"](steps / steps.max())[..., :3]
+    maps[steps == done] = LATEST
+    maps[steps > done] = GREY
+    maps = maps.astype(np.uint8).repeat(side // steps.shape[1], axis=1).repeat(side // steps.shape[1], axis=2)
+    shown = only_cells(images, (steps <= done).reshape(len(steps), -1))
+    sheet = grid(np.concatenate([shown, maps]), len(images))
+    font = ImageFont.load_default(14)
+    canvas = Image.new("RGB", (sheet.shape[1], sheet.shape[0] + 3 * font.size), "white")
+    canvas.paste(Image.fromarray(sheet), (0, 3 * font.size))
+    draw, tokens = ImageDraw.Draw(canvas), (steps[0] <= done).sum()
+    draw.text((4, 2), f"step {done} of {steps.max()}, {tokens} of {steps[0].size} tokens", "black", font)
+    for column, name in enumerate(names):
+        draw.text((4 + column * sheet.shape[1] / len(names), 1.5 * font.size), name, "black", font)
+    return np.asarray(canvas)
 
 
 def save_film(path, frames):

@@ -16,7 +16,7 @@ from processes import finished
 
 from models.lpd import LPD
 from models.weights import read_pth, save_weights
-from util import cli
+from util import cli, pictures
 from util.logging import read_metrics
 
 PUBLISHED_FLAGS = {
@@ -84,6 +84,20 @@ def test_programs_lead_from_images_to_samples(tmp_path):
     assert picture(tmp_path / "out" / names[0]).shape == (SIZE, SIZE, 3)
     with Image.open(tmp_path / "out/film.gif") as film:
         assert film.n_frames == 1 + 4  # all grey, then one for each step
+
+
+def test_film_shows_the_cells_that_are_decoded_and_the_latest_step_of_each_order():
+    """Two white images of 2x2 cells, the second in the reverse order, after two of four steps."""
+    images, steps = np.full((2, 96, 96, 3), 255, np.uint8), np.array([[[1, 2], [3, 4]], [[4, 3], [2, 1]]])
+    frame = pictures.film_frame(2, images, steps, ["cat", "dog"])
+    sheet = frame[-198:, :, :].astype(int)  # images, then their orders
+    centres = np.array([26, 74, 124, 172])
+    seen = sheet[np.ix_([26, 74], centres)][..., 0] == 255
+    assert np.array_equal(seen, [[True, True, False, False], [False, False, True, True]])
+    latest = (sheet[np.ix_([124, 172], centres)] == pictures.LATEST).all(axis=-1)
+    assert np.array_equal(latest, [[False, True, False, False], [False, False, True, False]])
+    large, many = images.repeat(3, axis=1).repeat(3, axis=2).repeat(5, axis=0), steps.repeat(5, axis=0)
+    assert pictures.film_frame(0, large, many, ["a"] * 10).shape[1] < 1300
 
 
 def test_training_at_a_larger_size_starts_from_weights_of_a_smaller(tmp_path):
