@@ -7,6 +7,7 @@
 import dataclasses
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", choices=sorted(LPD_CONFIGS), help="default: the scripts of scripts/train")
     add("--img_size", type=cli.number(int, STRIDE), default=256)
-    add("--images", type=cli.number(int, 1), default=1_281_167, help="of the data; default: those of ImageNet")
+    add("--images", type=cli.number(int, 1), default=1_281_167, help="default: those of ImageNet")
     add("--epochs", type=cli.number(float, 0), default=450)
-    add("--share", type=cli.number(float, 0.01, 1), default=0.4, help="of the GPU's peak that training reaches")
+    add("--share", type=cli.number(float, 0.01, 1), default=0.4, help="of the peak that training reaches")
     add("--micro_batches", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64])
     return parser.parse_args(argv)
 
@@ -168,7 +169,7 @@ def cache_bytes(config, images):
         writer = CacheWriter(folder, meta)
         writer.begin()
         writer.write_shard(0, np.zeros((64, 2, config.num_tokens)), np.zeros(64), names)
-        return images * sum(file.stat().st_size for file in Path(folder).iterdir() if "plan" not in file.name) // 64
+        return images * sum(file.stat().st_size for file in Path(folder).glob("shard*")) // len(names)
 
 
 def checkpoint_bytes(config):
@@ -201,9 +202,13 @@ def main(argv=None):
     runs = runs_of(args)
     tables = (
         training_table(runs, args.share), caching_table(runs, args.share), disk_table(runs),
-        evaluation_table(runs), memory_table(runs, args.micro_batches),
+        evaluation_table(runs),
     )
-    print("\n".join(tables), end="")
+    print("\n".join(tables))
+    if find_spec("triton"):
+        print(memory_table(runs, args.micro_batches), end="")
+    else:
+        print("GPU memory is not counted: Triton, which comes with torch's CUDA builds, is not installed")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import helpers
 import pytest
 from processes import QUIET, REPO
 
+from benchmarks.without_gpu import cost
+from models.lpd import LPD
 from util.files import read_json
 
 # In place of `timeout`: prints the command, or runs it small.
@@ -63,3 +66,20 @@ def test_rehearsal_of_one_command_of_each_kind(tmp_path):
         (line,) = gpu_sh(tmp_path, RUNS, name)
         assert line.startswith(f"{name}, exit status 0: cpu: ")
         assert read_json(tmp_path / f"gpu_{name}.json")["torch"]
+
+
+def test_the_bill_in_the_docs_is_what_the_command_counts():
+    page = (REPO / "docs/cost.md").read_text()
+    run = next(run for run in cost.runs_of(cost.parse_args([])) if run.name == "lpd_l_256")
+    for table in (cost.training_table([run], 0.4), cost.disk_table([run]), cost.evaluation_table([run])):
+        header, _, row = table.splitlines()
+        assert f"{header}\n" in page and f"{row}\n" in page
+
+
+def test_the_bill_of_a_checkpoint_and_a_token_cache_is_that_of_real_files():
+    run = helpers.trained()
+    config = LPD.load(run)[0].config
+    saved = (run / "checkpoint-last.pth").stat().st_size
+    assert cost.checkpoint_bytes(config) == pytest.approx(saved, rel=0.05)
+    cached = sum(path.stat().st_size for path in helpers.token_cache().glob("shard*"))
+    assert cost.cache_bytes(config, helpers.TRAIN) < cached  # headers weigh more in shards of seven images
