@@ -1,4 +1,4 @@
-"""What training costs, found without a GPU: arithmetic, hours, memory, disk. Prints the tables of docs/cost.md.
+"""What training costs, without a GPU: arithmetic, hours, memory, disk. Prints the tables of docs/cost.md.
 
     python benchmarks/without_gpu/cost.py
     python benchmarks/without_gpu/cost.py --model lpd_small --img_size 128 --images 50000 --epochs 200
