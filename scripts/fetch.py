@@ -1,4 +1,5 @@
-"""Fetch published models into the hub's cache, for machines without a network.
+"""Fetch published models into the hub's cache, for machines without a network. There, HF_HUB_OFFLINE=1 saves
+the attempt to reach it.
 
     python scripts/fetch.py lpd_l_256 lpd_l_512
     python scripts/fetch.py hf://owner/repo hf://owner/repo/orders.npy
