@@ -84,7 +84,7 @@ def _server():
 def _become(words, variables, cwd, out, err):
     """Be `python WORDS` in this process, which was just forked; stdout and stderr go to files."""
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # this Python's own, for the workers of the program
     os.environ.clear()
@@ -102,7 +102,7 @@ def fork(*words, cwd=None, out=os.devnull, err=os.devnull, **variables):
     """Start `python WORDS`; returns the multiprocessing.Process."""
     words, cwd = [str(word) for word in words], str(cwd or tempfile.gettempdir())
     for path in (out, err):
-        open(path, "a").close()  # so that it can be read at once
+        open(path, "w").close()  # so that it can be read at once
     process = _server().Process(
         target=_become, args=(words, {**environment(), **variables}, cwd, str(out), str(err))
     )

@@ -4,11 +4,8 @@ Skipped with the reason if gradio, playwright or Chromium is missing; `bash scri
 """
 
 import io
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
@@ -37,18 +34,16 @@ def app():
 def page(tmp_path_factory):
     """(address, log file) of the page with the shipped weights, in a process of its own."""
     log, port = tmp_path_factory.mktemp("page") / "log", processes.free_port()
-    argv = [sys.executable, processes.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment["GRADIO_TEMP_DIR"] = str(log.parent / "uploads")
-    with log.open("w") as out:
-        server = subprocess.Popen([*map(str, argv)], stdout=out, stderr=out, env=environment, cwd=log.parent)
+    words = [processes.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
+    uploads = {"GRADIO_TEMP_DIR": str(log.parent / "uploads")}
+    server = processes.fork(*words, cwd=log.parent, out=log, err=log, **uploads)
     try:
-        wait_for(lambda: server.poll() is not None or "Running on" in log.read_text(), "the page")
-        assert server.poll() is None, log.read_text()
+        wait_for(lambda: server.exitcode is not None or "Running on" in log.read_text(), "the page")
+        assert server.exitcode is None, log.read_text()
         yield f"http://127.0.0.1:{port}", log
     finally:
         server.terminate()
-        server.wait(WAIT)
+        server.join(WAIT)
 
 
 @pytest.fixture(scope="module")
