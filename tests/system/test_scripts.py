@@ -245,7 +245,7 @@ def test_fashion_sweep_compares_orders_by_steps_over_three_seeds(paths):
     args = sweep_of(bash(REPO / "scripts/sweep_fashion.sh", "--device", "cpu", env=paths))
     assert args.orders == ["lpd", "halton", "random", "raster"]
     assert (args.steps, args.seeds) == ([4, 8, 16, 32], [0, 1, 2])
-    assert (args.given.features, args.given.num_images) == ("efficientnet_lite0", 2000)
+    assert (args.given.features, args.given.num_images) == (["efficientnet_lite0"], 2000)
     assert args.given.fid_stats == str(Path(paths["OUTPUT_DIR"], "fashion_mnist_val.npz"))
     assert not Path(paths["OUTPUT_DIR"]).exists()
 
