@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes the Python environment of LPD and puts this repository on its path. Quick if nothing has changed.
-#   bash environment_setup.sh [--dev] [--app] [--oldest] [ENV]
+#   bash environment_setup.sh [--dev] [--data] [--app] [--oldest] [ENV]
 # With a name ENV, and conda installed: a conda environment of that name. Otherwise a virtual environment in
-# .venv of this repository. --dev adds the packages for the tests, --app those for the page; --oldest makes
-# .venv-oldest, with the oldest versions that requirements.txt admits; PYTHON=... selects the Python (3.10 or
-# later).
+# .venv of this repository. --dev adds the packages for the tests, --data those to read parquet (in --dev too),
+# --app those for the page; --oldest makes .venv-oldest, with the oldest versions that requirements.txt admits;
+# PYTHON=... selects the Python (3.10 or later).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -68,7 +68,7 @@ install() { # A copy of each installed file stays in the environment, so nothing
     done
     if [[ -z ${new[*]} ]]; then return; fi
     if [[ $venv == .venv-oldest ]]; then
-        sed -n '/^#/!s/>=/==/p' requirements.txt >"$prefix/lpd/oldest.txt"
+        sed -n '/^#/!s/>=/==/p' requirements.txt requirements-data.txt >"$prefix/lpd/oldest.txt"
         flags+=(-c "$prefix/lpd/oldest.txt")
     fi
     echo "installing ${new[*]} (with torch this is several GB: a minute or more)"
@@ -90,11 +90,12 @@ venv=.venv
 name=
 for arg in "$@"; do
     case $arg in
-        --dev) files+=(requirements-dev.txt) ;;
+        --dev) files+=(requirements-data.txt requirements-dev.txt) ;;
+        --data) files+=(requirements-data.txt) ;;
         --app) files+=(requirements-app.txt) ;;
         --oldest) venv=.venv-oldest ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]##*/}"; exit ;;
-        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [--app] [--oldest] [ENV]" ;;
+        -*) usage_error "unknown flag $arg: bash environment_setup.sh [--dev] [--data] [--app] [--oldest] [ENV]" ;;
         *)
             if [[ -n $name ]]; then usage_error "one name at most: $name, $arg"; fi
             name=$arg

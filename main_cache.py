@@ -37,9 +37,11 @@ def check(args):
     cli.writable_folder("--cached_path", args.cached_path)
     if args.from_mar and args.bf16:
         raise cli.UsageError("--bf16 has no use with --from_mar: nothing is encoded")
-    source = "from_mar" if args.from_mar else "data_path"
-    cli.required(args, source)
-    cli.existing_folder(f"--{source}", getattr(args, source))
+    if args.from_mar:
+        cli.existing_folder("--from_mar", args.from_mar)
+    else:
+        cli.required(args, "data_path")
+        cli.existing_images("--data_path", args.data_path)
 
 
 def describe(args, tokenizer, names, class_names, **how):
@@ -69,9 +71,9 @@ def convert(args):
 
 
 def open_parts(args, tokenizer, world):
-    """(ImageFolder, CacheWriter) of the training images and of those in DATA/val. Images held out by their
+    """(ImageSet, CacheWriter) of the training images and of those in DATA/val. Images held out by their
     name stay among the others: `split_cache` tells them apart."""
-    train, val = folders.split_folder(args.data_path, 0, cli.reading(args))
+    train, val = folders.split_folder(args.data_path, 0, cli.reading(args), beside=args.cached_path)
     places = {Path(args.cached_path): train} | ({Path(args.cached_path) / "val": val} if val else {})
     head = f"{train.root}: {len(train)} images{f', {len(val)} in {val.root}' if val else ''}"
     distributed.say(folders.listing(head, train.class_names, train.labels, train.left_out))

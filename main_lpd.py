@@ -122,7 +122,7 @@ def open_sources(args, tokenizer, world):
     """The sources of the training images and of those held out, if any; what is known of the data."""
     if args.data_path:
         img_size, stride = args.img_size or 256, tokenizer.config.stride
-        folder, held_out = cli.open_folders(args, img_size, world)
+        folder, held_out = cli.open_folders(args, img_size, world, args.output_dir)
         if img_size % stride:
             raise ValueError(f"--img_size {img_size} is not a multiple of the tokenizer's stride {stride}")
         how = tokenizer, img_size, args.num_workers, world.device

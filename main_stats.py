@@ -41,7 +41,7 @@ def check(args):
         raise cli.UsageError("give either --data_path or --reference_batch")
     cli.new_file("--output_file", args.output_file, ".npz", args.overwrite)
     if args.data_path:
-        cli.existing_folder("--data_path", args.data_path)
+        cli.existing_images("--data_path", args.data_path)
     else:
         cli.existing_file("--reference_batch", args.reference_batch)
 
@@ -53,7 +53,7 @@ def open_images(args, world):
         cli.check_stated(args, img_size=images.img_size)
         return images, f"reference batch, {images.preparation}"
     size = args.img_size or 256
-    train, val = cli.open_folders(args, size, world)
+    train, val = cli.open_folders(args, size, world, args.output_file)
     folder = {"train": train, "val": val}[args.split]
     if folder is None:
         raise ValueError(f"--split val: no images of {args.data_path} are held out")

@@ -48,13 +48,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     cli.required(args, "data_path", "output_dir")
-    cli.existing_folder("--data_path", args.data_path)
+    cli.existing_images("--data_path", args.data_path)
     output_dir = cli.writable_folder("--output_dir", args.output_dir)
     with cli.checking():
         world = distributed.init(args.device, args.timeout)
         pretrained = VQModel.load(args.pretrained_ckpt)[0] if args.pretrained_ckpt else None
         model = model_config(args, pretrained)
-        folder, held_out = cli.open_folders(args, args.img_size, world)
+        folder, held_out = cli.open_folders(args, args.img_size, world, output_dir)
         state = train_state(args, model, folder, pretrained, world)
         steps = state.config.num_steps(len(folder))
     with cli.sole_writer("--output_dir", output_dir, world):

@@ -113,7 +113,7 @@ def time_caching(args, folder, world):
     chosen = np.linspace(0, len(images) - 1, count).astype(int)
     images = replace(images, names=tuple(images.names[i] for i in chosen), labels=images.labels[chosen])
     meta = describe(args.img_size, args.img_size // tokenizer.config.stride, count, args.shard_size)
-    batch = [load_image(images.root / name, args.img_size) for name in images.names[: args.batch_size]]
+    batch = [load_image(images.file(i), args.img_size) for i in range(min(count, args.batch_size))]
     batches = max(1, count // len(batch))
 
     def encode():

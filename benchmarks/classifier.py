@@ -72,8 +72,8 @@ def read_folder(flag, path, img_size, class_names=None):
     number = np.array([class_names.index(name) for name in folder.class_names])
     images = np.empty((len(folder), 1, img_size, img_size), np.uint8)
     try:
-        for i, name in enumerate(tqdm(folder.names, desc=f"reading {path}", mininterval=1, leave=False)):
-            images[i, 0] = load_image(folder.root / name, img_size).mean(axis=2)
+        for i in tqdm(range(len(folder)), desc=f"reading {path}", mininterval=1, leave=False):
+            images[i, 0] = load_image(folder.file(i), img_size).mean(axis=2)
     except UnreadableImage as error:
         raise cli.UsageError(error) from None
     return torch.from_numpy(images), torch.from_numpy(number[folder.labels]), class_names

@@ -79,7 +79,7 @@ class Session:
         """An uploaded image, centre-cropped to the weights' size: uint8 [S, S, 3]. Raises ValueError: no
         image, or too large; the message does not reveal where the file lies."""
         try:
-            return center_crop(read_image(path, size=self.side), self.side)
+            return center_crop(read_image(Path(path), size=self.side), self.side)
         except UnreadableImage as error:
             raise ValueError(str(error).replace(str(path), Path(path).name)) from None
 

@@ -54,12 +54,12 @@ class StoredImages:
 
 
 class FolderImages(StoredImages):
-    """The images of a `folders.ImageFolder`: ADM's centre crop to `size` pixels or, if it is None, as they
+    """The images of a `folders.ImageSet`: ADM's centre crop to `size` pixels or, if it is None, as they
     are, all of one size. ValueError if the first cannot be read."""
 
     def __init__(self, folder, size=None, num_workers=0):
         self.folder, self.crop, self.num_workers = folder, size, num_workers
-        self.shape = load_image(folder.root / folder.names[0], size, folder.reading).shape
+        self.shape = load_image(folder.file(0), size, folder.reading).shape
         how = f"centre crop to {size} px" if size else f"{self.img_size} px as they are"
         self.preparation = f"{how}, read as {folder.reading}"
         self.endings = Counter(Path(name).suffix.lower() for name in folder.names)
@@ -73,7 +73,7 @@ class FolderImages(StoredImages):
         for items in image_loader(self.folder, self.crop, pairs, self.num_workers):
             for index, image in items:
                 if not isinstance(image, str) and image.shape != self.shape:
-                    name, (height, width, _) = self.folder.root / self.folder.names[index], image.shape
+                    name, (height, width, _) = self.folder.file(index), image.shape
                     sizes = f"{width}x{height} px, the first image {self.img_size} px"
                     raise EvaluationFailed(f"{name} has {sizes}: --img_size N would crop all alike")
             yield torch.from_numpy(readable_pixels(items)[1])

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from util import hub
 from util.distributed import say, warn
 from util.files import atomic, read_json, reading, write_json
 
@@ -44,7 +45,7 @@ def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
     """The local path of a file, of the weights in a folder (an export, a run, or one file of any name), or of
     `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached. Raises ValueError:
     no such name, a file with another suffix, or several. OSError: it is not there."""
-    if str(name).startswith("hf://"):
+    if hub.is_on_hub(name):
         return _find_on_hub(str(name), suffixes, revision)
     path = Path(name)
     if path.is_dir():
@@ -66,38 +67,31 @@ def _pick_file(names, suffixes, place):
 
 
 def _find_on_hub(name, suffixes, revision):
-    from huggingface_hub import parse_hf_uri, snapshot_download  # a fifth of a second that paths need not pay
-
-    uri = parse_hf_uri(name)
-    if uri.type != "model":
-        raise ValueError(f"{name} is a {uri.type}, files are read from model repositories")
+    uri = hub.parse(name, "model")
     file, revision = uri.path_in_repo, revision or uri.revision
     if file and (Path(file).suffix not in suffixes or ".." in Path(file).parts):
         raise ValueError(f"{name} does not name a file that ends in {', '.join(suffixes)}")
-    try:
-        found = _files_on_hub(uri.id, revision)
-        file = Path(file or _pick_file(found, suffixes, "the repository"))
-        files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
-        if size := found.get(str(file)):
-            say(f"fetching {name}: {file}, {size / 1e6:,.1f} MB")
-        folder = snapshot_download(uri.id, revision=revision, allow_patterns=files)
-    except Exception as error:  # of the cache, the network or the server: there is no common type
-        raise FileNotFoundError(f"{name}: {' '.join(str(error).split())[:400]}") from error
-    if not (Path(folder) / file).is_file():
+    found = _files_on_hub(name, uri, revision)
+    file = Path(file or _pick_file(found, suffixes, f"{name}: the repository"))
+    files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
+    if size := found.get(str(file)):
+        say(f"fetching {name}: {file}, {size / 1e6:,.1f} MB")
+    folder = hub.fetch(name, uri, files, revision)
+    if not (folder / file).is_file():
         raise FileNotFoundError(f"{name}: no {file} in {folder}")
-    return Path(folder) / file
+    return folder / file
 
 
-def _files_on_hub(repo, revision):
+def _files_on_hub(name, uri, revision):
     """Name -> bytes that are still to fetch, of the files in a repository; without a network, of those that
     are cached."""
     from huggingface_hub import snapshot_download
 
     try:
-        files = snapshot_download(repo, revision=revision, dry_run=True)
+        files = snapshot_download(uri.id, revision=revision, dry_run=True)
         return {file.filename: file.file_size * file.will_download for file in files}
     except Exception:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[]))
+        folder = hub.fetch(name, uri, [], revision)
         return {str(path.relative_to(folder)): 0 for path in folder.rglob("*") if path.is_file()}
 
 

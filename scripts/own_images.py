@@ -41,7 +41,7 @@ MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more do not help
 def parse_args(argv=None):
     parser = cli.Parser(description="Train on a folder of images and generate more")
     add = parser.add_argument
-    add("data", metavar="DATA", help="CLASS/IMAGE folders, or a folder with train/ and val/")
+    add("data", metavar="DATA", help="CLASS/IMAGE folders, or a folder with train/ and val/; or archives")
     add("output", metavar="OUTPUT", nargs="?", default="output/own_images", help="default: output/own_images")
     add("--minutes", type=cli.number(float, 0.1), default=30.0, help="time to train for")
     add("--no_mirror", action="store_true", help="never mirror images, such as text or flags")
@@ -181,11 +181,12 @@ def print_results(output):
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.existing_folder("DATA", args.data)
+    cli.existing_images("DATA", args.data)
     kept = Path(cli.writable_folder("OUTPUT", args.output)) / "recipe.json"
     with cli.checking():
         device = choose_device(args.device)
-        train_images, held_out = folders.split_folder(args.data)
+        beside = None if args.dry_run else kept.parent / "cache"  # where main_cache.py looks for it
+        train_images, held_out = folders.split_folder(args.data, beside=beside)
         left_out = train_images.left_out
         say(folders.summary(args.data, train_images.class_names, train_images, held_out, left_out))
         flags = read_json(kept) if kept.exists() else recipe(args, train_images, device)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import ImageColor
 
-from util import files, folders
+from util import files, folders, hub, sources
 from util.distributed import Stopped, describe_loss, ending_workers, is_peer_failure, leave, say
 from util.images import Reading, UnreadableImage
 from util.token_cache import DamagedCache
@@ -183,7 +183,8 @@ def add_folder_flags(parser, *, split=True):
     """--data_path and how its images are read; with `split` also --val_fraction, for `split_folder` and
     `split_cache`."""
     add = parser.add_argument
-    add("--data_path", metavar="DIR", help="images: DIR/CLASS/IMAGE, or DIR/train/CLASS/IMAGE and DIR/val")
+    what = "images: DIR/CLASS/IMAGE, or DIR/train/CLASS/IMAGE and DIR/val; or archives, see docs/data.md"
+    add("--data_path", metavar="DIR", help=what)
     add_reading_flags(parser)
     add("--skip_unreadable", action="store_true", help="leave unreadable images out")
     if split:
@@ -191,10 +192,10 @@ def add_folder_flags(parser, *, split=True):
         add("--val_fraction", type=number(float, 0, 0.9), help=share)
 
 
-def open_folders(args, img_size, world):
+def open_folders(args, img_size, world, output):
     """The training images of --data_path and those held out or None, as `folders.split_folder`; without
-    unreadable ones if --skip_unreadable says so. Prints what there is."""
-    train, val = folders.split_folder(args.data_path, args.val_fraction, reading(args))
+    unreadable ones if --skip_unreadable says so. Prints what there is; an index is kept beside `output`."""
+    train, val = folders.split_folder(args.data_path, args.val_fraction, reading(args), beside=output)
     if args.skip_unreadable:
         how = img_size, world, args.num_workers
         train, val = (part and folders.without_unreadable(part, *how) for part in (train, val))
@@ -262,8 +263,17 @@ def existing_folder(flag, path):
     return path
 
 
+def existing_images(flag, path):
+    """The path, if it is a folder or archives."""
+    with checking(f"{flag}: "):
+        sources.locate(path)
+    return path
+
+
 def writable_folder(flag, path):
     """The path, if files can be written there. Nothing is created: the nearest existing parent is tried."""
+    if hub.is_on_hub(path):
+        raise UsageError(f"{flag}: {path} is on the hub, a folder is needed")
     path = Path(path)
     nearest = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     if not nearest.is_dir():

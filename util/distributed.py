@@ -112,11 +112,12 @@ def gather_to_main(value):
 
 
 def once(make):
-    """What `make()` returns on the first process, on all of them; only there it is called."""
+    """What `make()` returns on the first process, on all of them; only there it is called, for hours if need
+    be."""
     if not torch.distributed.is_initialized():
         return make()
     made = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(made)
+    torch.distributed.broadcast_object_list(made, group=_patient_group)
     return made[0]
 
 

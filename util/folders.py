@@ -1,6 +1,6 @@
-"""Folders of images: their classes and names, what is left out, and which images are held out of training.
+"""Sets of images: their classes and names, what is left out, and which images are held out of training.
 
-Everything that lies in a folder is either used or named with the reason.
+Everything that lies in a folder or an archive is either used or named with the reason.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from util.distributed import gather_objects, once, warn
 from util.images import EXTENSIONS, Reading, image_loader, in_order
+from util.sources import Archives, Folder, folders_in, open_source
 
 VAL_FRACTION = 0.05  # held out where there is no val folder and nothing else is said
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"}
 # What parts of a data set are called: the last word of a folder's name, as in Val, ILSVRC2012_img_train or
 # training_set, that does not only say what is inside.
 PARTS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
@@ -25,14 +25,17 @@ CONTENTS = ("", "data", "image", "images", "img")  # without the ending "set"
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """An ImageNet-style folder: one sub-folder per class, labels in sorted order of their names.
+class ImageSet:
+    """Images of a folder or of archives: one sub-folder per class, labels in sorted order of their names,
+    unless the archives number the classes.
 
-    `names` are relative paths, sorted; `labels` int64 [N], one for each name. `left_out` says what else lies
-    there, and why it is not used.
+    `names` are paths below `part` of the source, sorted; `labels` int64 [N], one for each name. `left_out`
+    says what else lies there, and why it is not used.
     """
 
     root: Path
+    source: Folder | Archives
+    part: str
     class_names: tuple[str, ...]
     names: tuple[str, ...]
     labels: np.ndarray
@@ -42,55 +45,14 @@ class ImageFolder:
     def __len__(self):
         return len(self.names)
 
+    def file(self, i):
+        """Image i, as `read_image` takes it: a Path or a `Member`, with `read_bytes` and a name as str."""
+        return self.source.file(os.path.join(self.part, self.names[i]))
+
     def subset(self, chosen):
-        """The folder with only the images of `chosen`, bool [N]."""
+        """The set with only the images of `chosen`, bool [N]."""
         names = tuple(name for name, keep in zip(self.names, chosen, strict=True) if keep)
         return replace(self, names=names, labels=self.labels[chosen])
-
-
-# What lies in a folder: (path, reason) pairs. Paths are relative; the reason says why it is not used, and is
-# empty for an image.
-
-
-def list_files(root, endings):
-    """All that lies below a folder, in one pass. Links are followed."""
-    found, folders = [], [("", ())]
-    for folder, above in folders:  # which grows meanwhile
-        place = os.path.realpath(root / folder)
-        if place in above:
-            found.append((folder, "a link to a folder above it"))
-            continue
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path, reason = os.path.join(folder, entry.name), _why_not(entry, endings)
-                if entry.is_dir() and not reason:
-                    folders.append((path, (*above, place)))
-                else:
-                    found.append((path, reason))
-    filled = {os.path.join(folder, name) for folder, names in _inside(found).items() for name in names}
-    filled |= dict(found).keys()
-    return found + [(path, "no images") for path, _ in folders[1:] if path not in filled]
-
-
-def _why_not(entry, endings):
-    if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
-        return "hidden"
-    if entry.is_dir():
-        return ""
-    if not entry.is_file():
-        return "broken link or not a file"
-    ending = os.path.splitext(entry.name)[1].lower()
-    return "" if ending in endings else ending or "no ending"
-
-
-def _inside(found):
-    """Folder -> the names of those in it that hold images, at any depth; "" is the whole."""
-    inside = {"": set()}
-    for folder in {os.path.dirname(path) for path, reason in found if not reason}:
-        while folder:
-            folder, name = os.path.split(folder)
-            inside.setdefault(folder, set()).add(name)
-    return inside
 
 
 # What it means: parts of a data set, and classes.
@@ -112,7 +74,7 @@ def _parts(inside, folder=""):
 def _train_and_val(root, found):
     """The names of the folders to train on and to hold out; empty for the whole, and for none. Raises
     ValueError, naming what may be meant, if folders are not classes or may be meant in two ways."""
-    inside = _inside(found)
+    inside = folders_in(found)
     parts, places = _parts(inside), {os.path.dirname(path) for path, reason in found if not reason}
     (train, *more), (val, *others) = (parts.get(name, [""]) for name in ("train", "val"))
     beside, classes = inside[""] - {train}, inside.get(train, ())
@@ -142,8 +104,17 @@ def _train_and_val(root, found):
     raise ValueError(f"{root} holds {problem}")
 
 
-def _use(root, found, reading, train="", val=""):
-    """The `ImageFolder`s of the folders that `_train_and_val` chose; the second may be empty."""
+def _meant(root, source, found):
+    """`_train_and_val` of a source."""
+    train, val = _train_and_val(root, source.outline(found))
+    if source.labelled_sets and not train:
+        raise ValueError(f"{root} holds {', '.join(source.labelled_sets)}: give the files of one of them")
+    return train, val
+
+
+def _use(root, source, found, reading, parts=("", "")):
+    """The `ImageSet`s of the folders that `_train_and_val` chose; the second may be empty."""
+    train, val = parts
     images, unused = {train: {}, val: {}}, []
     for path, reason in found:
         part = path.split("/")[0] if train else ""
@@ -157,15 +128,15 @@ def _use(root, found, reading, train="", val=""):
             unused.append((path, reason))
         else:
             images[part].setdefault(class_name, []).append(name)
-    class_names = tuple(sorted(images[train]))
+    class_names = source.class_names or tuple(sorted(images[train]))
     unused += [(f"{val}/{name}", "no such class") for name in images[val] if name not in class_names]
-    folders = []
-    for part in (train, val):
+    sets, left_out = [], _told(unused)
+    for part in parts:
         by_class = [sorted(images[part].get(name, ())) for name in class_names]
         labels = np.repeat(np.arange(len(class_names)), [len(names) for names in by_class])
         names = tuple(name for names in by_class for name in names)
-        folders.append(ImageFolder(root / part, class_names, names, labels, reading, _told(unused)))
-    return folders
+        sets.append(ImageSet(root / part, source, part, class_names, names, labels, reading, left_out))
+    return sets
 
 
 def _told(unused):
@@ -177,39 +148,41 @@ def _told(unused):
     return tuple(f"{', '.join(paths[:3])}{more[reason]} ({reason})" for reason, paths in by_reason.items())
 
 
-def list_images(root, reading=Reading(), endings=EXTENSIONS):
-    """The `ImageFolder` at ROOT/CLASS/IMAGE; hidden folders and classes without images are left out. Raises
+def list_images(path, reading=Reading(), endings=EXTENSIONS):
+    """The `ImageSet` at PATH/CLASS/IMAGE; hidden folders and classes without images are left out. Raises
     ValueError: no images in sub-folders, or sub-folders that are not classes."""
-    root = Path(root)
-    found = once(lambda: list_files(root, endings))
-    if any(parts := _train_and_val(root, found)):
-        raise ValueError(f"{root} holds {' and '.join(filter(None, parts))}, not classes: give one of them")
-    return _use(root, found, reading)[0]
+    path = Path(path)
+    source, found = once(lambda: open_source(path, endings=endings))
+    if any(parts := _meant(path, source, found)):
+        raise ValueError(f"{path} holds {' and '.join(filter(None, parts))}, not classes: give one of them")
+    return _use(path, source, found, reading)[0]
 
 
-def all_images(root, reading=Reading()):
-    """The `ImageFolder` of every image in a folder, at any depth, sorted by name, as of one class. Raises
-    ValueError: there is none."""
-    found = once(lambda: list_files(Path(root), EXTENSIONS))
-    names = tuple(sorted(path for path, reason in found if not reason))
-    unused = _told(pair for pair in found if pair[1])
+def all_images(path, reading=Reading()):
+    """Every image of a source at any depth, sorted by its name, as one `ImageSet` of a class without a name.
+    Raises ValueError: there are none."""
+    path = Path(path)
+    source, found = once(lambda: open_source(path))
+    names = tuple(sorted(name for name, reason in found if not reason))
+    left_out = _told(pair for pair in found if pair[1])
     if not names:
-        raise ValueError("; ".join([f"{root} holds no images", *unused]))
-    return ImageFolder(Path(root), ("",), names, np.zeros(len(names), np.int64), reading, unused)
+        raise ValueError("; ".join([f"{path} holds no images", *left_out]))
+    return ImageSet(path, source, "", ("",), names, np.zeros(len(names), np.int64), reading, left_out)
 
 
-def split_folder(path, val_fraction=None, reading=Reading()):
-    """The training images of a folder and those held out, two `ImageFolder`s with the same classes.
+def split_folder(path, val_fraction=None, reading=Reading(), *, beside=None):
+    """The training images of a source and those held out, two `ImageSet`s with the same classes.
 
     These are PATH/train and PATH/val, or as PARTS spells them. If no image of val is in a class of train,
     `held_out` splits PATH/train, or PATH; `val_fraction` is as in `val_fraction_of`. The second is None if
-    nothing is held out. Raises ValueError: no images in classes, or folders that may be meant in two ways.
+    nothing is held out. `beside` is an output, next to which an index may be kept. Raises ValueError: no
+    images in classes, or folders that may be meant in two ways; and as `open_source`.
     """
     path = Path(path)
-    found = once(lambda: list_files(path, EXTENSIONS))
-    first, second = _train_and_val(path, found)
-    train, val = _use(path, found, reading, first, second)
-    if not (second and val):
+    source, found = once(lambda: open_source(path, beside=beside))
+    parts = _meant(path, source, found)
+    train, val = _use(path, source, found, reading, parts)
+    if not (parts[1] and val):
         mask = held_out(train.names, train.labels, val_fraction_of(val_fraction, reading.published))
         train, val = train.subset(~mask), train.subset(mask)
     return train, val or None
@@ -259,11 +232,11 @@ def summary(place, class_names, train, val=None, left_out=()):
     return listing(head, class_names, np.concatenate([train.labels, held]), left_out)
 
 
-def without_unreadable(folder, size, world, num_workers):
-    """The folder without its unreadable images, which are named on stderr and counted. Each process reads its
-    share of the images, and all get the same folder."""
-    own = range(len(folder))[world.rank :: world.size]
-    loader = image_loader(folder, size, in_order(own, 64), num_workers)
+def without_unreadable(images, size, world, num_workers):
+    """The set without its unreadable images, which are named on stderr and counted. Each process reads its
+    share of the images, and all get the same set."""
+    own = range(len(images))[world.rank :: world.size]
+    loader = image_loader(images, size, in_order(own, 64), num_workers)
     with tqdm(total=len(own), unit="img", desc="unreadable?", disable=not world.is_main) as progress:
         errors = []
         for items in loader:
@@ -272,7 +245,7 @@ def without_unreadable(folder, size, world, num_workers):
     errors = sorted(error for part in gather_objects(errors) for error in part)
     for _, reason in errors:
         warn(f"unreadable: {reason}")
-    warn(f"{folder.root}: {len(errors)} unreadable images left out")
-    good = np.ones(len(folder), bool)
+    warn(f"{images.root}: {len(errors)} unreadable images left out")
+    good = np.ones(len(images), bool)
     good[[i for i, _ in errors]] = False
-    return folder.subset(good)
+    return images.subset(good)

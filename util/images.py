@@ -79,20 +79,21 @@ def _managed(image):
         return image.convert("RGB")
 
 
-def read_image(path, *, size=1, reading=Reading()):
-    """An image file as a PIL image of mode RGB, to be cropped to that size; of an animation, the first frame.
-    Raises UnreadableImage: not an image of FORMATS, truncated, or more than MAX_PIXELS as stored or resized.
-    OSError: the machine could not read the file, also when asked again after PAUSES."""
+def read_image(file, *, size=1, reading=Reading()):
+    """A Path, or a `Member` of an archive, as a PIL image of mode RGB, to be cropped to that size; of an
+    animation, the first frame. Raises UnreadableImage: not an image of FORMATS, truncated, or more than
+    MAX_PIXELS as stored or resized. OSError: the machine could not read it, also when asked again after
+    PAUSES."""
     for pause in (*PAUSES, None):
         try:
-            return _decode(Path(path).read_bytes(), size, reading)
+            return _decode(file.read_bytes(), size, reading)
         except (OSError, MemoryError) as error:
             if pause is None:
                 number = getattr(error, "errno", errno.ENOMEM)
-                raise OSError(number, os.strerror(number), str(path)) from None
+                raise OSError(number, os.strerror(number), str(file)) from None
             time.sleep(pause)
         except ValueError as error:
-            raise UnreadableImage(f"{path}: {error}") from None
+            raise UnreadableImage(f"{file}: {error}") from None
 
 
 def _decode(content, size, reading):
@@ -116,7 +117,7 @@ def _decode(content, size, reading):
 
 def read_mask(path):
     """A picture as bool [H, W]: True where it is white; transparent parts are not."""
-    grey = read_image(path, reading=Reading(background=(0, 0, 0))).convert("L")
+    grey = read_image(Path(path), reading=Reading(background=(0, 0, 0))).convert("L")
     return np.asarray(grey) >= 128
 
 
@@ -132,12 +133,12 @@ def center_crop(image, size):
     return pixels[top : top + size, left : left + size]
 
 
-def load_image(path, size, reading=Reading()):
-    """An image file, centre-cropped: uint8 [size, size, 3]; if size is None, as it is: uint8 [H, W, 3].
-    Raises UnreadableImage."""
+def load_image(file, size, reading=Reading()):
+    """What `read_image` takes, centre-cropped: uint8 [size, size, 3]; if size is None, as it is: uint8
+    [H, W, 3]. Raises UnreadableImage."""
     if size is None:
-        return np.array(read_image(path, reading=reading))
-    return center_crop(read_image(path, size=size, reading=reading), size)
+        return np.array(read_image(file, reading=reading))
+    return center_crop(read_image(file, size=size, reading=reading), size)
 
 
 def to_unit(images):
@@ -157,14 +158,13 @@ class ImageDataset(torch.utils.data.Dataset):
     """Maps (index, view) to (index, uint8 [size, size, 3]), view 1 mirrored; or to (index, error text) for a
     damaged picture, (index, OSError) for a file that could not be read."""
 
-    def __init__(self, folder, size):
-        self.folder, self.size = folder, size
+    def __init__(self, images, size):
+        self.images, self.size = images, size
 
     def __getitem__(self, index_and_view):
         index, view = index_and_view
-        path = self.folder.root / self.folder.names[index]
         try:
-            pixels = load_image(path, self.size, self.folder.reading)
+            pixels = load_image(self.images.file(index), self.size, self.images.reading)
         except UnreadableImage as error:
             return index, str(error)
         except OSError as error:  # raised by a worker it would become several lines
@@ -172,7 +172,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return index, pixels[:, ::-1] if view else pixels
 
 
-def image_loader(folder, size, batches, num_workers):
+def image_loader(images, size, batches, num_workers):
     """Lists of `ImageDataset` items, one for each of an iterable of (indices, views) pairs. Raises OSError
     for a file that the machine could not read.
 
@@ -184,7 +184,7 @@ def image_loader(folder, size, batches, num_workers):
         with naming("/dev/shm"):
             multiprocessing.Lock()  # a DataLoader without shared memory fails in two ways at once
     loader = torch.utils.data.DataLoader(
-        ImageDataset(folder, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
+        ImageDataset(images, size), batch_sampler=pairs, num_workers=num_workers, collate_fn=list,
         generator=torch.Generator(), worker_init_fn=start_worker,
     )
     for items in loader:

@@ -17,14 +17,17 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from util import hub
 from util.files import atomic, read_arrays, read_json, refuse_changes, write_json
 from util.folders import held_out, list_images, val_fraction_of
 
 FORMAT = 1
+META = "meta.json"  # present only in a complete cache
+PUBLISHED = "shard-*", "val/shard-*", f"val/{META}", META  # the files of a complete cache
 
 
 class DamagedCache(ValueError):
@@ -163,7 +166,7 @@ class TokenCache:
     """A complete token cache, memory-mapped. `len` is the number of images.
 
     Attributes:
-        meta: CacheMeta. labels: int64 [N], all in memory. left_out: as of an ImageFolder.
+        meta: CacheMeta. labels: int64 [N], all in memory. left_out: as of an ImageSet.
     Raises:
         ValueError: incomplete, damaged, or of another format.
     """
@@ -278,10 +281,16 @@ def _why_incomplete(folder):
     return f"{folder}: {done} of {meta.num_shards} shards are written; run main_cache.py again to finish it"
 
 
-def open_token_cache(folder, *, vocab_size=16384, img_size=256):
+def open_token_cache(name, *, vocab_size=16384, img_size=256):
     """A `TokenCache`, or a `MarCache` if the folder has no packed cache; the MAR style does not record
-    `vocab_size` and `img_size`."""
-    folder = Path(folder)
+    `vocab_size` and `img_size`. The packed cache at hf://datasets/OWNER/REPO[@REVISION][/FOLDER] is fetched
+    unless it is cached."""
+    if hub.is_on_hub(name):
+        uri = hub.parse(name, "dataset")
+        part = PurePosixPath(uri.path_in_repo)
+        folder = hub.fetch(name, uri, [f"{part / pattern}" for pattern in PUBLISHED]) / part
+        return TokenCache(folder)
+    folder = Path(name)
     if (folder / "meta.json").exists() or (folder / "plan.json").exists():
         return TokenCache(folder)
     return MarCache(folder, vocab_size, img_size)

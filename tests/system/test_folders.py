@@ -107,9 +107,9 @@ def test_folder_is_listed_once_by_the_first_process(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: scans.append(path) or scan(path))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: len(sent))
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda made: sent.append(made[0]))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda made, **_: sent.append(made[0]))
     first = split_folder(tmp_path, 0)[0]
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda made: made.insert(0, sent[-1]))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda made, **_: made.insert(0, *sent))
     assert split_folder(tmp_path, 0)[0].names == first.names and len(scans) == 3
 
 

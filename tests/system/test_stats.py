@@ -36,7 +36,7 @@ def pixels(monkeypatch):
 def images():
     """The 18 training images, prepared: uint8 [18, SIZE, SIZE, 3]."""
     folder = list_images(helpers.images() / "train")
-    return np.stack([load_image(folder.root / name, SIZE) for name in folder.names])
+    return np.stack([load_image(folder.file(i), SIZE) for i in range(len(folder))])
 
 
 def stats(output, *flags):

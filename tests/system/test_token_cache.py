@@ -65,7 +65,7 @@ def test_cache_has_the_tokenizers_tokens_of_each_image_and_its_mirror_image():
     assert (len(cache), cache.meta.num_shards, cache.meta.class_names) == (TRAIN, 3, helpers.CLASSES)
     assert np.array_equal(cache.labels, folder.labels)
     model, _ = VQModel.load(helpers.tokenizer())
-    image = load_image(folder.root / folder.names[8], SIZE)
+    image = load_image(folder.file(8), SIZE)
     for view, pixels in ((0, image), (1, image[:, ::-1])):
         expected = encode_views(model, [pixels], torch.device("cpu"))[:, 0]
         assert np.array_equal(cache.tokens([8], [view]), expected)
