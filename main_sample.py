@@ -9,6 +9,7 @@ import dataclasses
 import time
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -66,21 +67,28 @@ def load(args):
     return model, tokenizer, variants, labels, names
 
 
-def generate(make, settings, labels, batch_size):
-    """Images of labels int64 [n] as uint8 [n, H, W, 3], and the seconds for one, decoding included: alone
-    (the least of three), and in a batch."""
-    ids = torch.arange(len(labels))
-    sizes = settings.group_sizes
-    images, seconds = [], []
-    # The first call of each batch size is slower than the others: with --compile it records a graph.
-    batches = [ids[:1]] * 4 + [ids[:batch_size]] + list(ids.split(batch_size))
+def generate(make, settings, labels, batches):
+    """Images, uint8 [b, H, W, 3] for each of `batches`, int64 [b] into labels [n], and seconds of each."""
+    images, seconds, sizes, seed = [], [], settings.group_sizes, settings.seed
     for batch in tqdm(batches, unit="batch", desc=f"{len(sizes)} steps"):
         orders = settings.orders(batch.numpy())
         begin = time.perf_counter()
-        made = make(labels[batch], orders, sizes, settings.sampling, seed=settings.seed, image_ids=batch)
-        images.append(made.cpu())
+        made = make(labels[batch], orders, sizes, settings.sampling, seed=seed, image_ids=batch)
+        images.append(made.cpu().numpy())
         seconds.append(time.perf_counter() - begin)
-    return torch.cat(images[5:]).numpy(), min(seconds[1:4]), sum(seconds[5:]) / len(labels)
+    return images, seconds
+
+
+def compare(make, variants, labels, batches):
+    """Images of the second variant, and the seconds for one of the first and of the second: a dict of both,
+    alone (the least of three) and in a batch. First calls do not count."""
+    seconds = {"alone": [], "in_batch": []}
+    for settings in variants:
+        _, alone = generate(make, settings, labels, [batches[0][:1]] * 4)
+        images, in_batch = generate(make, settings, labels, batches[:1] + batches)
+        seconds["alone"].append(min(alone[1:]))
+        seconds["in_batch"].append(sum(in_batch[1:]) / len(labels))
+    return np.concatenate(images[1:]), seconds
 
 
 def save_images(output, steps, images, names, rows):
@@ -122,26 +130,24 @@ def main(argv=None):
     how = {"bf16": args.bf16, "compile": args.compile, "labels": labels.tolist()}
     record = {"settings": variants[0].as_json(), **how}
     write_json(output / RECORD, record)
-    make = partial(generate_images, model, decoder)
-    if args.compile:
-        make = FastGenerator(model, decoder).generate_images
+    plain = partial(generate_images, model, decoder)
+    make = FastGenerator(model, decoder).generate_images if args.compile else plain
     names = [names[label] for label in labels.tolist()]
     rows = {i: cli.plain_name(names[i]) for i in range(0, len(labels), args.num_per_class)}
-    sheets, timings = [], []
-    for settings in variants:
-        name, steps = f"{settings.order} order", len(settings.group_sizes)
-        images, alone, in_batch = generate(make, settings, labels, args.batch_size)
-        sheets.append(save_images(output, steps, images, names, rows))
-        timings.append({"name": name, "steps": steps, "alone": alone, "in_batch": in_batch})
-        print(f"{name}, {steps} steps: {alone:.4f} s for an image alone, {in_batch:.4f} s in a batch")
-    pictures.save_png(output / "grid.png", sheets[0])
-    if args.compare_steps:
-        pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
-        alone, in_batch = (timings[1][name] / timings[0][name] for name in ("alone", "in_batch"))
-        print(f"ratio: {alone:.1f}x alone, {in_batch:.1f}x in a batch")
+    batches = list(torch.arange(len(labels)).split(args.batch_size))
+    images, seconds = generate(make, variants[0], labels, batches)
+    steps = [len(settings.group_sizes) for settings in variants]
+    sheet = save_images(output, steps[0], np.concatenate(images), names, rows)
+    pictures.save_png(output / "grid.png", sheet)
     save_film_and_order(output, model, decoder, variants[0], labels, rows)
-    write_json(output / RECORD, {**record, "seconds_per_image": timings})
-    print(f"pictures: {output}/grid.png, order.png, film.gif")
+    print(f"{len(labels)} images in {sum(seconds):.1f} s: {output}/grid.png, order.png, film.gif")
+    if args.compare_steps:
+        images, seconds = compare(make, variants, labels, batches)
+        sheets = [sheet, save_images(output, steps[1], images, names, rows)]
+        pictures.save_png(output / "comparison.png", pictures.side_by_side(sheets))
+        write_json(output / RECORD, {**record, "steps": steps, "seconds_per_image": seconds})
+        for how, (one, other) in seconds.items():
+            print(f"{how}: {one:.4f} s in {steps[0]} steps, {other:.4f} s in {steps[1]}: {other / one:.1f}x")
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def add_weights_flags(parser, models):
     """The weights of a generator: --pretrained_ckpt, --model (one of `models`), --img_size, the tokenizer."""
     add = parser.add_argument
     add("--pretrained_ckpt", metavar="FILE", help="LPD weights (.safetensors, .pth, folder, hf://owner/repo)")
-    add("--model", choices=sorted(models), help="size, if the weights do not record it")
+    add("--model", choices=sorted(models), help="published, with weights and settings, or a size")
     add("--img_size", type=number(int, 1), help="checked against the weights'")
     add_tokenizer_flags(parser)
 

@@ -117,7 +117,7 @@ def once(make):
     if not torch.distributed.is_initialized():
         return make()
     made = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(made, group=_patient_group)
+    torch.distributed.broadcast_object_list(made, group=_alone_group)
     return made[0]
 
 

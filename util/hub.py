@@ -29,4 +29,8 @@ def fetch(name, uri, patterns, revision=None):
             uri.id, repo_type=uri.type, revision=revision or uri.revision, allow_patterns=patterns
         ))
     except Exception as error:  # of the cache, the network or the server: there is no common type
-        raise FileNotFoundError(f"{name}: {' '.join(str(error).split())[:400]}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise FileNotFoundError(
+            f"{name} is not in the hub's cache and cannot be fetched ({reason}); python scripts/fetch.py "
+            "fetches files on a machine with a network"
+        ) from error

@@ -76,7 +76,7 @@ def test_programs_lead_from_images_to_samples(tmp_path):
 
     flags = f"--pretrained_ckpt run/lpd.safetensors {vq} --output_dir out --cfg 2 --classes rings 00_bars"
     outcome = start("sample", f"{flags} --num_per_class 2 --generation_steps 4 --compare_steps 16")
-    assert re.search(r"lpd order, 4 steps: .*\n.* 16 steps: .*\nratio: .*\dx .*\dx in a batch\n", outcome.out)
+    assert re.search(r"alone: .* s in 4 steps, .* s in 16: .*\dx\nin_batch: .*\dx\n", outcome.out)
     names = ("00_bars/00002.png", "00_bars/00003.png", "02_rings/00000.png", "02_rings/00001.png")
     names = [f"images_{steps}_steps/{name}" for steps in (16, 4) for name in names]
     tables = ["comparison.png", "film.gif", "grid.png"]
