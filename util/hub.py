@@ -30,7 +30,6 @@ def fetch(name, uri, patterns, revision=None):
         ))
     except Exception as error:  # of the cache, the network or the server: there is no common type
         reason = " ".join(str(error).split())[:160]
-        raise FileNotFoundError(
-            f"{name} is not in the hub's cache and cannot be fetched ({reason}); python scripts/fetch.py "
-            "fetches files on a machine with a network"
-        ) from error
+        remedy = "; scripts/fetch.py fetches weights on a machine with a network" * (uri.type == "model")
+        problem = f"{name} is not in the hub's cache and cannot be fetched ({reason}){remedy}"
+        raise FileNotFoundError(problem) from error

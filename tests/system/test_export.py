@@ -147,7 +147,7 @@ def test_cache_on_the_hub_is_read_as_one_in_a_folder(part, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name, message", [
     ("hf://owner/repo", "hf://owner/repo is a model"),
-    ("hf://datasets/owner/absent", "hf://datasets/owner/absent: "),
+    ("hf://datasets/owner/absent", "hf://datasets/owner/absent is not in the hub's cache"),
 ])
 def test_cache_that_is_not_on_the_hub_is_named_in_one_line(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

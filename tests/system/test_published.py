@@ -128,7 +128,7 @@ def test_all_that_an_evaluation_reads_is_fetched_ahead(published):
     assert LPD.load(WEIGHTS.format("lpd_xl_512"), "lpd_xl")[0].config.grid_size == 32
     assert len(load_orders(path, 256)) == 1 and path.endswith("steps32_repulsion2.json")
     outcome = call_main(fetch.main, "hf://owner/none")
-    assert outcome.status == 2 and "hf://owner/none: " in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.status == 2 and "hf://owner/none is not in" in outcome.err and outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", [main_sample, main_lpd])
