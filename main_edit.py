@@ -34,7 +34,8 @@ def parse_args(argv=None):
     part("--outpaint", type=count, nargs=4, metavar=("L", "T", "R", "B"), help="generate borders this wide")
     part("--variations", type=cli.number(float, 0, 1), metavar="SHARE", help="generate random cells")
     add("--num", type=cli.number(int, 1), default=4, help="results, each with its own random draws")
-    add("--paste", type=count, metavar="PIXELS", help="restore kept pixels, blended over this many")
+    add("--paste", type=count, metavar="PIXELS", help="blend over this many; default: a 16th of the side")
+    add("--no_paste", action="store_true", help="kept parts pass through the tokenizer too")
     cli.add_weights_flags(parser, published.MODELS)
     cli.add_output_flags(parser)
     cli.add_class_names_flag(parser)
@@ -130,17 +131,18 @@ def main(argv=None):
         image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))
         model, tokenizer, settings, label, pixels, cells = load(args, image)
         output = cli.prepare_output(args, RECORD)
+    width = args.paste if args.paste is not None or args.no_paste else len(pixels) // 16
     print(describe(model, device, bf16=args.bf16))
     model, decoder = for_inference(model, tokenizer, device, bf16=args.bf16)
     write_json(output / RECORD, {
-        "image": args.image, "num": args.num, "bf16": args.bf16, "paste": args.paste, "label": label,
+        "image": args.image, "num": args.num, "bf16": args.bf16, "paste": width, "label": label,
         "settings": settings.as_json(), "generated_cells": [np.flatnonzero(row).tolist() for row in cells],
     })
     tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
-    if args.paste is not None:
-        edited = images.paste(pixels, edited, cells, args.paste)
-    save(output, pixels, cells, edited, film)
+    if width is not None:
+        edited = images.paste(pixels, edited, cells, width)
+    save(output, images.only_inside(pixels, args.outpaint or (0, 0, 0, 0)), cells, edited, film)
     generated = f"{cells[0].sum()} of {cells[0].size} cells generated in {len(settings.group_sizes)} steps"
     print(f"{generated}: {output}/sheet.png")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine import report, train_tokenizer
 from engine.checkpoint import LAST
 from engine.loop import LossNotFinite, RunSettings
-from engine.train_tokenizer import WEIGHTS_FILE, TokenizerTrainConfig
+from engine.train_tokenizer import VALIDATIONS, WEIGHTS_FILE, TokenizerTrainConfig
 from models.vqgan import VQConfig, VQModel
 from models.weights import save_weights
 from util import cli, distributed, pictures
@@ -23,6 +23,7 @@ SIZES = {  # of a VQConfig, in words
     "vocab_size": "codes", "code_dim": "numbers of a code", "base_width": "channels at full resolution",
     "multipliers": "channels at each resolution, in base widths; k of them: 2^(k-1) pixels a token",
     "num_res_blocks": "residual blocks at each resolution", "z_channels": "channels of the coarsest",
+    "groups": "of GroupNorm",
 }
 
 
@@ -58,11 +59,12 @@ def main(argv=None):
         state = train_state(args, model, folder, pretrained, world)
         steps = state.config.num_steps(len(folder))
     with cli.sole_writer("--output_dir", output_dir, world):
-        run = RunSettings(output_dir, save_last_freq=args.save_every)
+        every = max(1, steps // VALIDATIONS)
+        run = RunSettings(output_dir, save_last_freq=args.save_every, val_freq=every)
         data = {"path": args.data_path, "images": len(folder), "names_digest": names_digest(folder.names)}
         log = report.start_run(output_dir, state, steps, data, world)
         try:
-            train_tokenizer.train_tokenizer(state, folder, run, world, log, args.num_workers)
+            train_tokenizer.train_tokenizer(state, (folder, held_out), run, world, log, args.num_workers)
         except LossNotFinite as error:
             raise cli.Failure(error) from None
         if world.is_main:
@@ -108,7 +110,8 @@ def write_results(args, state, folders, output_dir, world):
     pictures.save_png(output_dir / "reconstructions.png", sheet)
     save_weights(output_dir / WEIGHTS_FILE, state.model, report=result)
     write_json(output_dir / "report.json", result)
-    report.plot_losses(output_dir, {"training images": "reconstruction"}, "reconstruction, L1 + L2")
+    curves = {"training images": "reconstruction", "held-out images": "val_reconstruction"}
+    report.plot_losses(output_dir, curves, "reconstruction, L1 + L2")
     quality = f"{result['psnr']:.1f} dB PSNR, {result['codebook_use']:.0%} of the codes used"
     print(f"{output_dir / WEIGHTS_FILE}: {quality} on {result['n']} {which}")
 

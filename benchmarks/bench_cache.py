@@ -8,6 +8,7 @@ Without --data_path it encodes JPEGs made here, without --vqgan_path with a rand
 machine's rates: of memory, each token read (2 bytes) and written (8 bytes) once, and of matrix products.
 """
 
+from util import cli  # isort: skip
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import bandwidth, publish, record, seconds_in_turns
 from engine.cache import differing_share, encode_shards, encode_views, prepare_encoder
 from models.vqgan import VQConfig, VQModel
-from util import cli, distributed
+from util import distributed
 from util.device import matmul_rate
 from util.folders import split_folder
 from util.images import load_image

@@ -8,6 +8,7 @@ metrics alone, of random features. What runs on the CPU at the end does not shri
 little with the number of images: take --num_images 10000 for the share in a real run. Not yet run on a GPU.
 """
 
+from util import cli  # isort: skip
 import dataclasses
 import tempfile
 import time
@@ -28,7 +29,7 @@ from engine.metrics import compute_metrics, statistics_of
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
-from util import cli, distributed
+from util import distributed
 
 
 def parse_args(argv=None):

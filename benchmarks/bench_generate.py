@@ -8,6 +8,7 @@ or reading its weights once, at rates measured in this run. `products` times the
 unless given, which matters only to the PSNR of the fast decoder against the tokenizer in float32.
 """
 
+from util import cli  # isort: skip
 import dataclasses
 from functools import partial
 from itertools import chain
@@ -24,7 +25,6 @@ from engine.generate import generate_images, resolve_settings
 from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQConfig, VQModel
-from util import cli
 from util.device import choose_device, matmul_rate
 from util.images import to_uint8
 

@@ -8,6 +8,7 @@ a step is its model operations at the rate of a large matrix product, which is m
 is `plain` with one fused attention call over all rows, the usual way.
 """
 
+from util import cli  # isort: skip
 import dataclasses
 from contextlib import nullcontext
 from functools import partial
@@ -26,7 +27,7 @@ from models import layers
 from models.lpd import LPD, LPD_CONFIGS, Execution
 from models.masks import training_mask
 from orders.schedule import cosine_group_sizes, training_steps
-from util import cli, distributed
+from util import distributed
 from util.device import is_cuda, matmul_rate
 
 

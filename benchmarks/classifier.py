@@ -7,6 +7,7 @@
 reports the share recognised as the class of its folder. Grey images of one size.
 """
 
+from util import cli  # isort: skip
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from benchmarks.measure import record
 from models.weights import load_state, read_weights, save_weights
-from util import cli
 from util.files import write_json
 from util.folders import list_images
 from util.images import UnreadableImage, load_image

@@ -26,6 +26,7 @@ from demo.session import Request, Session, Worker, edit, generate
 from engine import published
 from engine.fast import for_inference
 from engine.generate import ORDERS, default_steps, load_pair
+from engine.sampling import Sampling
 from util.device import choose_device
 
 MAX_UPLOAD = "8mb"  # of a file; its pixels are limited by util.images.MAX_PIXELS
@@ -55,7 +56,8 @@ def load(args):
     cli.check_weights(args, model.config, tokenizer.config)
     names = tuple(cli.class_names(args, model.config.num_classes, info))
     about = describe(args.pretrained_ckpt, model, tokenizer)  # before the model is repacked
-    return Session(*for_inference(model, tokenizer, device, compiled=args.compile), names, device, about)
+    how = Sampling(**{"cfg": 4.0, **info.get("sampling", {})})  # as in training, if it drew samples
+    return Session(*for_inference(model, tokenizer, device, compiled=args.compile), names, device, about, how)
 
 
 def describe(path, model, tokenizer):
@@ -95,8 +97,9 @@ def request_controls(session, name):
         slider("images", 1, "Images", 1),
         slider("steps", default_steps(session.model.config.num_tokens), "Steps", 1),
         gr.Dropdown(list(ORDERS), value="lpd", label="Order"),
-        slider("guidance", 4, "Guidance scale", 0.1),
-        slider("temperature", 1, "Temperature", 0.05),
+        slider("guidance", session.sampling.cfg, "Guidance scale", 0.1),
+        slider("temperature", session.sampling.temperature, "Temperature", 0.05),
+        slider("top_p", session.sampling.top_p, "Top-p", 0.05),
         gr.Number(value=0, precision=0, label="Seed", elem_id=f"{name}-seed"),
     ]
 
@@ -112,7 +115,7 @@ def results(name):
             gr.Markdown("Step of each cell")
             order = gr.Image(label="Step of each cell", buttons=[], elem_id=f"{name}-order", **look)
     words = gr.Markdown(elem_id=f"{name}-words")
-    return {"picture": picture, "order": order, "words": words, "made": gr.State()}
+    return {"picture": picture, "order": order, "words": words, "made": gr.State(), "label": gr.State()}
 
 
 def marked(drawing):
@@ -147,11 +150,11 @@ def build(session):
         with shown_errors():
             return to_editor(session.picture(path))
 
-    def on_take(made):
+    def on_take(made, label):
         with shown_errors():
             if made is None:
                 raise ValueError("nothing was generated yet")
-            return to_editor(made[0])
+            return *to_editor(made[0]), label
 
     with gr.Blocks(title="LPD", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# LPD: Locality-aware Parallel Decoding\n{session.about}")
@@ -183,7 +186,7 @@ def build(session):
         given = [*edit_request, own_pixels, editor, pixels]
         start_edit.click(on_edit, given, list(edited.values()), **one_at_a_time)
         upload.upload(on_upload, upload, [editor, pixels], **one_at_a_time)
-        take.click(on_take, generated["made"], [editor, pixels])
+        take.click(on_take, [generated["made"], generated["label"]], [editor, pixels, edit_request[0]])
     return page.queue(max_size=MAX_WAITING)
 
 

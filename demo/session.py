@@ -21,7 +21,9 @@ from util.cli import plain_name
 from util.device import synchronize
 from util.images import UnreadableImage, cells_under, center_crop, paste, read_image, to_uint8, to_unit
 
-LIMITS = {"images": (1, 16), "guidance": (0, 20), "temperature": (0, 4), "seed": (0, 2**31 - 1)}
+LIMITS = {
+    "images": (1, 16), "guidance": (0, 20), "temperature": (0, 4), "top_p": (0.05, 1), "seed": (0, 2**31 - 1),
+}
 TIMING_SECONDS = 3  # the comparison is repeated until this long has passed, up to five times
 SHOWN_SIDE = 384  # pixels of a picture on the page, about
 
@@ -36,22 +38,24 @@ class Request:
     order: str
     guidance: float
     temperature: float
+    top_p: float
     seed: int
 
     @property
     def sampling(self):
-        return Sampling(cfg=self.guidance, temperature=self.temperature)
+        return Sampling(cfg=self.guidance, temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
 class Session:
-    """Weights on a device, a name for each of their classes, and a line about them."""
+    """Weights on a device, a name for each of their classes, a line about them, and how to sample them."""
 
     model: LPD
     tokenizer: VQModel
     names: tuple[str, ...]
     device: torch.device
     about: str = ""
+    sampling: Sampling = Sampling(cfg=4.0)
 
     @property
     def side(self):
@@ -93,12 +97,13 @@ def generate(session, request, show, *, compare):
     """Generate images of a class; with `compare`, also time decoding one token at a time.
 
     `show` is called with what there is so far, by name: `order` and `picture` (uint8 [H, W, 3]), `words`, and
-    at the end `made` (uint8 [n, S, S, 3]). Called without arguments it only raises Cancelled if nobody waits.
+    at the end `made` (uint8 [n, S, S, 3]) and its `label`. Called without arguments it only raises Cancelled
+    if nobody waits.
     """
     session.check(request)
     cells = np.ones(session.model.config.num_tokens, bool)
     made, words = _draw(session, request, show, cells)
-    show(made=made, words=words)
+    show(made=made, label=request.label, words=words)
     if compare:
         show(words=f"{words}\n\nTiming {request.steps} steps against one token at a time ...")
         show(words=f"{words}\n\n{_compare(session, request, show)}")

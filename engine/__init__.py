@@ -1,3 +1,3 @@
 """Training, generation, evaluation: what the programs at the root call."""
 
-import util as util  # before torch: it looks for the working directory
+import util as util  # before torch: see there

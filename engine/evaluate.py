@@ -285,7 +285,7 @@ def warnings(num_images, num_classes=1):
     """Why a result is not comparable with published ones: a list of lines."""
     lines = []
     if num_images < PUBLISHED_IMAGES:
-        lines.append(f"{num_images} images: published figures are of {PUBLISHED_IMAGES}; fewer raise FID")
+        lines.append(f"{num_images} images: published figures are of {PUBLISHED_IMAGES}")
     if num_images % num_classes:
         lines.append(f"{num_images} images are not equally many of each of {num_classes} classes")
     return lines

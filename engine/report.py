@@ -126,8 +126,9 @@ def print_result(result):
     if "generate" in result["seconds"]:
         seconds = result["seconds"]["generate"] + result["seconds"]["decode"]
         table["seconds_per_image"] = seconds / result["num_images"]
+    width = max(map(len, table))
     for name, value in table.items():
-        print(f"{name:<23} {value if isinstance(value, (int, str)) else format(value, '.5g')}")
+        print(f"{name:<{width}}  {value if isinstance(value, (int, str)) else format(value, '.5g')}")
     for line in result["warnings"]:
         print(f"warning: {line}")
     if not result["reference_digest"]:

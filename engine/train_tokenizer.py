@@ -1,9 +1,11 @@
 """Training and evaluation of a VQ tokenizer."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +22,7 @@ from util.device import is_cuda, to_device
 from util.images import image_loader, in_order, readable_pixels, to_uint8, to_unit
 
 MIN_STEPS = 2000  # by default
+VAL_IMAGES, VALIDATIONS = 128, 10  # of a validation at most; in a run
 WEIGHTS_FILE = "tokenizer.safetensors"
 
 
@@ -79,6 +82,15 @@ class TokenizerState:
             return sum(losses(pixels, reconstruction, latents, codes, c.commitment).values())
 
         return count_operations(loss_of_one)
+
+    @contextmanager
+    def averaged(self):
+        """Inside it the model is in eval mode; there is no average of its weights."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
 
     def load(self, path, world):
         """Resume from a checkpoint. Raises ValueError as `restore`."""
@@ -165,10 +177,31 @@ def train_step(state, model, pixels, steps):
     return values
 
 
-def train_tokenizer(state, folder, run, world, log, num_workers=0):
-    """Train from `state.step` to the end; `run` is a RunSettings whose frequencies count steps. Weights are
-    written with every checkpoint. Raises UnreadableImage, naming the file, and what `TrainingLoop` raises."""
-    config = state.config
+def validation(config, folder, device):
+    """A function that takes a model in eval mode and returns its reconstruction loss on images that are held
+    out: VAL_IMAGES at most, evenly spaced in `folder`, the same on every process."""
+    images = np.linspace(0, len(folder) - 1, min(VAL_IMAGES, len(folder))).astype(int)
+    loader = image_loader(folder, config.img_size, list(in_order(images, 32)), 0)
+    batches = [torch.from_numpy(readable_pixels(items)[1]) for items in loader]
+
+    @torch.no_grad()
+    def mean_loss(model):
+        total = 0.0
+        for pixels in (to_unit(to_device(batch, device)) for batch in batches):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                outputs = model(pixels)
+            parts = losses(pixels, *outputs[:3], config.commitment)
+            total += parts["reconstruction"].item() * len(pixels)
+        return total / len(images)
+
+    return mean_loss
+
+
+def train_tokenizer(state, folders, run, world, log, num_workers=0):
+    """Train from `state.step` to the end on the first of two ImageFolders; the second, or None, is held out.
+    `run` is a RunSettings whose frequencies count steps. Weights are written with every checkpoint. Raises
+    UnreadableImage, naming the file, and what `TrainingLoop` raises."""
+    config, (folder, held_out) = state.config, folders
     steps = config.num_steps(len(folder))
     stream = ImageStream(len(folder), config.seed, config.batch_size, no_mirror=config.no_mirror)
     plan = stream.micro_batches(range(state.step, steps), world)
@@ -186,7 +219,11 @@ def train_tokenizer(state, folder, run, world, log, num_workers=0):
             save_weights(Path(run.output_dir) / WEIGHTS_FILE, state.model, img_size=config.img_size)
         return checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone()))
 
-    with TrainingLoop(state, stream, steps, run, world, log, checkpoint=checkpoint) as loop:
+    val_loss = validation(config, held_out, world.device) if held_out else None
+    with TrainingLoop(
+        state, stream, steps, run, world, log, checkpoint=checkpoint,
+        validate=val_loss and (lambda: {"val_reconstruction": round(val_loss(state.model), 5)}),
+    ) as loop:
         images = loop.timed(images)
         while loop.goes_on():
             pixels = to_unit(to_device(next(images), world.device))

@@ -1,3 +1,3 @@
 """The transformer, the image tokenizer, and their weights."""
 
-import util as util  # before torch: it looks for the working directory
+import util as util  # before torch: see there

@@ -7,6 +7,7 @@ V codebook size, e code width.
 
 import fnmatch
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,12 @@ class VQConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     z_channels: int = 256
+    groups: int = 32
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON gives a list
-        if self.base_width < 32 or self.base_width % 32:
-            raise ValueError(f"base_width must be a multiple of 32 (GroupNorm), not {self.base_width}")
+        if self.base_width % self.groups:
+            raise ValueError(f"base_width {self.base_width} is not a multiple of {self.groups} (GroupNorm)")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive ints, not {self.multipliers}")
         if not 1 <= self.vocab_size <= 65536:
@@ -44,22 +46,22 @@ class VQConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """The GroupNorm of this network: 32 groups, eps 1e-6. It computes in the precision of its weights, under
-    autocast too, as on CUDA: on a CPU the backward pass in mixed precision takes four times as long."""
+    """The GroupNorm of this network, eps 1e-6. It computes in the precision of its weights, under autocast
+    too, as on CUDA: on a CPU the backward pass in mixed precision takes four times as long."""
 
-    def __init__(self, channels):
-        super().__init__(32, channels, eps=1e-6)
+    def __init__(self, groups, channels):
+        super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 class ResBlock(nn.Module):
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, groups, in_channels, out_channels):
         super().__init__()
-        self.norm1 = GroupNorm(in_channels)
+        self.norm1 = GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels)
+        self.norm2 = GroupNorm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -73,9 +75,9 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions of a feature map."""
 
-    def __init__(self, channels):
+    def __init__(self, groups, channels):
         super().__init__()
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -109,11 +111,12 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention if asked, and a resampling."""
 
-    def __init__(self, in_channels, out_channels, num_blocks, attention):
+    def __init__(self, groups, in_channels, out_channels, num_blocks, attention):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+        self.res = nn.ModuleList(ResBlock(groups, a, b) for a, b in pairwise(widths))
+        count = num_blocks if attention else 0
+        self.attn = nn.ModuleList(AttnBlock(groups, out_channels) for _ in range(count))
 
     def forward(self, x):
         for i, block in enumerate(self.res):
@@ -126,9 +129,10 @@ class Level(nn.Module):
         return x
 
 
-def middle(channels):
+def middle(groups, channels):
     """Residual block, attention, residual block, at the lowest resolution of both networks."""
-    return nn.Sequential(ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels))
+    first, last = (ResBlock(groups, channels, channels) for _ in range(2))
+    return nn.Sequential(first, AttnBlock(groups, channels), last)
 
 
 class Encoder(nn.Module):
@@ -140,13 +144,13 @@ class Encoder(nn.Module):
         channels = config.base_width
         for i, width in enumerate(widths):
             lowest = i == len(widths) - 1
-            level = Level(channels, width, config.num_res_blocks, attention=lowest)
+            level = Level(config.groups, channels, width, config.num_res_blocks, attention=lowest)
             if not lowest:
                 level.downsample = Downsample(width)
             self.conv_blocks.append(level)
             channels = width
-        self.mid = middle(channels)
-        self.norm_out = GroupNorm(channels)
+        self.mid = middle(config.groups, channels)
+        self.norm_out = GroupNorm(config.groups, channels)
         self.conv_out = nn.Conv2d(channels, config.z_channels, 3, padding=1)
 
     def forward(self, x):
@@ -160,15 +164,15 @@ class Decoder(nn.Module):
         widths = [config.base_width * m for m in reversed(config.multipliers)]
         channels = widths[0]
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = middle(channels)
+        self.mid = middle(config.groups, channels)
         self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
-            level = Level(channels, width, config.num_res_blocks + 1, attention=i == 0)
+            level = Level(config.groups, channels, width, config.num_res_blocks + 1, attention=i == 0)
             if i < len(widths) - 1:
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
             channels = width
-        self.norm_out = GroupNorm(channels)
+        self.norm_out = GroupNorm(config.groups, channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x):

@@ -9,7 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ $# == 1 ]] || usage_error "usage: fashion_mnist.sh OUTPUT_DIR"
 output=$1
 data=${DATA_PATH:-$repo/data/fashion_mnist}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # waiting threads release their core
 
 bash "$repo/scripts/data/fashion_mnist.sh" "$data"
 

@@ -8,7 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ $# == 2 ]] || usage_error "usage: fashion_mnist_16x16.sh DATA OUTPUT"
 data=$1 output=$2
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # waiting threads release their core
 
 [[ -d $data/train && -d $data/val ]] || bash "$repo/scripts/data/fashion_mnist.sh" "$data"
 

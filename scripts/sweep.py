@@ -1,10 +1,10 @@
 """Many evaluations side by side: mean and spread over seeds, as a table, a CSV and a plot.
 
     python scripts/sweep.py --orders lpd raster --steps 4 8 --seeds 0 1 2 -- \\
-        python main_lpd.py --evaluate --output_dir output/sweep [other flags of main_lpd.py]
+        main_lpd.py --evaluate --output_dir output/sweep [other flags of main_lpd.py]
 
-The command after `--`, which may begin with torchrun, runs once for every combination of the lists. To
-resume, run the same again: main_lpd.py returns at once where its result exists.
+The command after `--`, which may begin with python or torchrun, runs once for every combination of the lists.
+To resume, run the same again: main_lpd.py returns at once where its result exists.
 """
 
 import itertools
@@ -41,6 +41,8 @@ def parse_args(argv=None):
     parser.add_argument("--final_images", type=cli.number(int, 2), help="evaluate the best on more images")
     args = parser.parse_args(words[:end])
     args.command = words[end + 1 :]
+    if args.command and args.command[0].endswith(".py"):
+        args.command.insert(0, sys.executable)
     flags = list(itertools.dropwhile(lambda word: not word.endswith("main_lpd.py"), args.command))
     args.given = main_lpd.parse_args(flags[1:])
     return args
@@ -50,7 +52,7 @@ def check(args):
     given = args.given
     several = any(len(values or []) > 1 for values in (args.orders, args.steps, args.cfg, args.seeds))
     if not (given.evaluate and given.output_dir):
-        raise cli.UsageError("give the command after --: python main_lpd.py --evaluate --output_dir DIR ...")
+        raise cli.UsageError("give the command after --: main_lpd.py --evaluate --output_dir DIR ...")
     if given.lpd_order_file and (args.orders or args.steps):
         raise cli.UsageError("--lpd_order_file is for one order and schedule: no --orders, --steps")
     if args.final_images and not (several and given.fid_stats):
@@ -133,7 +135,8 @@ def plot(path, rows):
     curves = defaultdict(list)
     for row in sorted(rows, key=lambda row: row[axis]):
         if row["num_images"] == num_images:  # the final evaluation is not comparable with the other points
-            point = row[axis], row[metric], row[f"{metric}_spread"] or 0.0
+            spread = row[f"{metric}_spread"]  # None: one seed
+            point = (row[axis], row[metric]) if spread is None else (row[axis], row[metric], spread)
             curves[f"{row['order']}, {other} {row[other]:g}"].append(point)
     label = f"{HEADS.get(metric, metric.replace('_', ' '))},\n{num_images} images"
     save_curves(path, curves, xlabel="guidance scale" if axis == "cfg" else "steps", ylabel=label)

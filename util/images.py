@@ -246,6 +246,13 @@ def with_border(image, borders, size):
     return np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge"), border
 
 
+def only_inside(pixels, borders, colour=128):
+    """The square picture [S, S, 3] with its borders (left, top, right, bottom) in a grey."""
+    (left, top, right, bottom), side = borders, len(pixels)
+    inside = pixels[top : side - bottom, left : side - right]
+    return np.pad(inside, ((top, bottom), (left, right), (0, 0)), constant_values=colour)
+
+
 def as_pixels(cells, size):
     """Cells, bool [n, L], as pixels, bool [n, size, size]."""
     n, num_tokens = cells.shape

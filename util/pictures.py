@@ -107,11 +107,14 @@ def save_film(path, frames):
 def save_curves(path, curves, *, xlabel, ylabel):
     """Plot curves, a dict of name -> points (x, y) or (x, y, length of the error bar)."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     axes = Figure(figsize=(6, 3.5)).subplots()
     for name, points in curves.items():
         axes.errorbar(*zip(*points, strict=True), label=name, linewidth=1, capsize=2)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    if all(isinstance(x, int) for points in curves.values() for x, *_ in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic(path) as partial:

@@ -106,20 +106,17 @@ def main(argv=None):
         cli.required(args, "cached_path", "output_dir")
         folder, device = cli.writable_folder("--output_dir", args.output_dir), choose_device(args.device)
         cache, held_out = split_cache(open_token_cache(args.cached_path))
-        available, count = len(held_out) if held_out else 0, args.num_images
-        if available < count:
-            raise ValueError(f"--num_images {count}: {available} images are held out")
+        indices = images.evenly_spaced(held_out, args.num_images, f"the held-out part of {args.cached_path}")
         config = train_config(args, cache)
         for steps in args.steps:
             cosine_group_sizes(config.model.num_tokens, steps)
-    indices = np.arange(count) * available // count
     tokens = torch.from_numpy(held_out.tokens(indices, np.zeros_like(indices)))
     labels, rows, curves, reference = torch.from_numpy(held_out.labels[indices]), [], {}, {}
     for variant in VARIANTS:
         model = train(args, config, variant, cache, device)
         for steps in args.steps:
             group_sizes = cosine_group_sizes(tokens.shape[1], steps)
-            orders = make_orders(args.order, count, group_sizes, model.config.grid_size, seed=args.seed)
+            orders = make_orders(args.order, len(tokens), group_sizes, model.config.grid_size, seed=args.seed)
             bits = images.token_bits(model, tokens, labels, orders, group_sizes)
             bits = bits.sum(axis=1, dtype=np.float64)  # [n]
             mean, error = images.mean_and_error(bits - reference.setdefault(steps, bits))
@@ -128,7 +125,7 @@ def main(argv=None):
             curves.setdefault(variant, []).append((steps, mean, error))
             print(f"{variant:>14} {steps:4d} steps: {bits.mean():7.1f} bits, {mean:+6.2f} ± {error:.2f}")
     write_json(folder / "ablation.json", {**vars(args), "rows": rows})
-    label = f"bits an image more than queries\nthat see each other, {count} images"
+    label = f"bits an image more than queries\nthat see each other, {len(tokens)} images"
     save_curves(folder / "ablation.png", curves, xlabel="steps", ylabel=label)
 
 

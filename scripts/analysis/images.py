@@ -11,6 +11,7 @@ from models.lpd import LPD, LPD_CONFIGS
 from models.vqgan import VQModel
 from models.weights import state_digest
 from util import cli
+from util.distributed import say
 from util.folders import list_images, split_folder
 from util.images import image_loader, in_order, readable_pixels
 from util.token_cache import open_token_cache, split_cache
@@ -24,7 +25,7 @@ def add_flags(parser):
     parser.add_argument(
         "--split", choices=["val", "train", "all"], default="val", help="val: those held out of training"
     )
-    parser.add_argument("--num_images", type=cli.number(int, 2), default=1000, help="spaced evenly")
+    parser.add_argument("--num_images", type=cli.number(int, 2), default=1000, help="at most; spaced evenly")
     cli.add_device_flags(parser)
 
 
@@ -49,13 +50,15 @@ def load(args, device):
     return model.to(device), torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
-def _part(args, train, val):
-    """The chosen split, and the indices of images evenly spaced in it."""
-    part = val if args.split == "val" else train
+def evenly_spaced(part, num_images, name):
+    """Indices of that many images of a folder or a cache, or of all if there are fewer. Raises ValueError:
+    less than two; `name` is what the part is called."""
     count = len(part) if part else 0
-    if count < args.num_images:
-        raise ValueError(f"--num_images {args.num_images}: --split {args.split} has {count}")
-    return part, np.arange(args.num_images) * count // args.num_images
+    if count < 2:
+        raise ValueError(f"{name} has {count} images")
+    if count < num_images:
+        say(f"--num_images {num_images}: {name} has {count}, all of which are used")
+    return np.arange(min(count, num_images)) * count // min(count, num_images)
 
 
 def _from_cache(args, model, device):
@@ -63,7 +66,8 @@ def _from_cache(args, model, device):
     img_size = args.img_size or 16 * config.grid_size
     cache = open_token_cache(args.cached_path, vocab_size=config.vocab_size, img_size=img_size)
     parts = (cache, None) if args.split == "all" else split_cache(cache)
-    cache, indices = _part(args, *parts)
+    cache = parts[args.split == "val"]
+    indices = evenly_spaced(cache, args.num_images, f"--split {args.split}")
     tokens = cache.tokens(indices, np.zeros_like(indices))
     return tokens, cache.labels[indices], cache.meta.class_names, cache.meta.tokenizer_digest
 
@@ -73,7 +77,8 @@ def _from_files(args, model, device):
     tokenizer, _ = VQModel.load(args.vqgan_path)
     tokenizer = tokenizer.to(device)
     parts = (list_images(args.data_path), None) if args.split == "all" else split_folder(args.data_path)
-    folder, indices = _part(args, *parts)
+    folder = parts[args.split == "val"]
+    indices = evenly_spaced(folder, args.num_images, f"--split {args.split}")
     size = model.config.grid_size * tokenizer.config.stride
     loader = image_loader(folder, size, in_order(indices, 64), args.num_workers)
     parts = [encode_views(tokenizer, readable_pixels(items)[1], device)[:, 0].cpu() for items in loader]

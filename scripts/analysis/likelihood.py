@@ -205,7 +205,7 @@ def main(argv=None):
         num_tokens = model.config.num_tokens
         settings = settings_of(args)
         for setting in settings:
-            setting.generation(model.config.grid_size, args.num_images, args.seed)
+            setting.generation(model.config.grid_size, len(data[0]), args.seed)
         path, facts = record_settings(args, model, data[0])
     with cli.sole_writer("--output_dir", args.output_dir, world):
         if world.is_main:

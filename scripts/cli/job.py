@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,29 @@ def run_command(command, environment=None, *, kill_after=0, output=None, directo
         for number, handler in before.items():
             signal.signal(number, handler)
     return (status if status >= 0 else 128 - status), (received or [0])[0]
+
+
+def run_until(due, command, every=5):
+    """Run a command, and stop it with SIGUSR1 once `due()` is true, which is asked after `every` seconds.
+    Returns (exit status as in a shell, whether it was stopped so)."""
+    ended, stopped = threading.Event(), threading.Event()
+
+    def watch():
+        while not ended.wait(every):
+            if due():
+                stopped.set()
+                return os.kill(os.getpid(), signal.SIGUSR1)
+
+    watcher = threading.Thread(target=watch)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it may come when the command has just ended
+    watcher.start()
+    try:
+        status, received = run_command(command)
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
+    return status, stopped.is_set() and received == signal.SIGUSR1
 
 
 def last_error(path):

@@ -78,6 +78,18 @@ def test_devices_are_chosen_in_one_place():
     assert {path: names for path, names in found.items() if names} == DEVICE_TEXTS
 
 
+def test_programs_import_util_before_torch():
+    """Itself or by a package whose `__init__` does: it sets what OpenMP reads when torch is loaded. The agent
+    of torchrun only starts others."""
+    late = []
+    for path, tree in PRODUCT.items():
+        body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [n for n in imported(ast.Module(body, [])) if n in ("torch", "util", "engine", "models")]
+        if is_program(tree) and path != "scripts/cli/agent.py" and names[:1] == ["torch"]:
+            late.append(path)
+    assert late == []
+
+
 def test_tokenizers_has_no_code():
     """A package of this name would shadow PyPI's `tokenizers`."""
     assert list((REPOSITORY / "tokenizers").rglob("*.py")) == []

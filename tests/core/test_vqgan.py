@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.vqgan import Codebook, VQConfig
+from models.vqgan import Codebook, VQConfig, VQModel
 
 
 def random_pixels(n):
@@ -70,6 +70,14 @@ def test_tokens_must_form_a_square(tiny_vq):
 def test_impossible_sizes_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         VQConfig(**wrong)
+
+
+def test_a_narrow_tokenizer_has_fewer_groups_and_the_same_weights():
+    sizes = {"vocab_size": 16, "base_width": 32, "multipliers": (1, 2), "num_res_blocks": 1, "z_channels": 32}
+    usual, fewer = (VQModel(VQConfig(**sizes, **given)) for given in ({}, {"groups": 4}))
+    assert usual.state_dict().keys() == fewer.state_dict().keys()
+    assert {m.num_groups for m in fewer.modules() if isinstance(m, torch.nn.GroupNorm)} == {4}
+    assert VQConfig().groups == 32 and VQConfig(base_width=16, groups=4).stride == 16
 
 
 # training

@@ -15,6 +15,7 @@ from models.masks import Mask, training_mask
 from orders.lpd_order import make_orders
 from orders.schedule import cosine_group_sizes
 from scripts.analysis import ablation, attention, likelihood
+from scripts.analysis import images as images_of
 from util.files import read_arrays, read_json
 from util.token_cache import TokenCache
 
@@ -105,7 +106,6 @@ def test_images_from_files_are_those_of_the_cache(measured, tmp_path):
     "changes,message",
     [
         ({"cached_path": None}, "--cached_path"),
-        ({"num_images": 19}, "--num_images 19: --split all has 18"),
         ({"steps": [17]}, "17 steps for 16 tokens"),
         ({"orders": ["missing.npy"]}, "missing.npy"),
     ],
@@ -114,6 +114,13 @@ def test_bad_input_is_refused_before_anything_is_written(changes, message, tmp_p
     outcome = call_main(likelihood.main, *likelihood_flags(tmp_path / "out", **changes))
     assert outcome.status == 2 and message in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_all_images_are_taken_where_there_are_fewer_than_asked_for(capsys):
+    assert images_of.evenly_spaced(range(18), 19, "--split all").tolist() == list(range(18))
+    assert "--num_images 19: --split all has 18, all of which are used" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--split val has 0 images"):
+        images_of.evenly_spaced(None, 19, "--split val")
 
 
 # attention

@@ -93,7 +93,7 @@ def test_generating_every_cell_is_sampling(tmp_path):
 def test_kept_tokens_are_those_of_the_picture(tmp_path, monkeypatch):
     """If nothing is edited, the result is the tokenizer's plain reconstruction."""
     monkeypatch.setattr("main_edit.edit_tokens", lambda model, tokens, *_, **__: tokens)
-    edited, _ = run_edit(tmp_path, ["--box", 12, 12, 16, 16], num=1, paste=None)
+    edited, _ = run_edit(tmp_path, ["--box", 12, 12, 16, 16], num=1, no_paste=True)
     tokenizer, _ = VQModel.load(helpers.tokenizer())
     tokens = tokenizer.encode(to_unit(picture(tmp_path / "original.png")[None]))
     np.testing.assert_array_equal(edited[0], to_uint8(tokenizer.decode(tokens))[0].numpy())

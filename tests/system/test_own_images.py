@@ -1,7 +1,9 @@
 """scripts/own_images.py: what it chooses, the commands it prints, and a run from images to samples."""
 
 import importlib
+import json
 import shlex
+from pathlib import Path
 
 import helpers
 import pytest
@@ -9,15 +11,17 @@ import torch
 from helpers import call_main, picture
 from processes import finished, forked
 
-from scripts import own_images
+from scripts import own_images, plan
 from util.files import read_json, write_json
 from util.folders import split_folder
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Steps are not timed: they take half a second."""
-    monkeypatch.setattr(own_images, "seconds", lambda *_, least=0: 0.5)
+    """Steps are not timed: they take half a second, on processors of which half is busy."""
+    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 0.5, 0.5))
 
 
 def commands(text):
@@ -27,73 +31,145 @@ def commands(text):
 
 
 def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
-    words = helpers.images(), tmp_path / "out", "--dry_run", "--no_mirror"
-    out = finished(call_main(own_images.main, *words)).out
+    words = ["--no_mirror", "--background", "red", "--img_size", 32, "--model", "lpd_micro"]
+    out = finished(call_main(own_images.main, helpers.images(), tmp_path / "out", "--dry_run", *words)).out
     programs = [importlib.import_module(words[0].removesuffix(".py")) for words in commands(out)]
     tokenizer, cache, lpd, sample = (
         program.parse_args(words[1:]) for program, words in zip(programs, commands(out), strict=True)
     )
-    assert tokenizer.no_mirror and lpd.no_mirror and lpd.lr == 1.5e-3
+    assert tokenizer.no_mirror and lpd.no_mirror and lpd.lr == 1.5e-3 and lpd.model == "lpd_micro"
+    assert tokenizer.background == cache.background == (255, 0, 0)
+    assert tokenizer.img_size == cache.img_size == lpd.img_size == 32
     assert tokenizer.data_path == cache.data_path == str(helpers.images())
     assert cache.cached_path == lpd.cached_path and sample.pretrained_ckpt == lpd.output_dir
     assert f"{tokenizer.output_dir}/tokenizer.safetensors" == cache.vqgan_path == lpd.vqgan_path
-    assert "expected time" in out and not (tmp_path / "out").exists()
+    assert "busy processors, 50% for this" in out and not (tmp_path / "out").exists()
 
 
-def test_time_decides_the_epochs_and_few_images_a_small_model(quick, tmp_path, monkeypatch):
-    device, folder = torch.device("cpu"), own_images.folders.split_folder(helpers.images())[0]
-
-    def epochs(minutes):
-        args = own_images.parse_args([str(helpers.images()), "--minutes", str(minutes)])
-        flags = own_images.recipe(args, folder, device)
-        return flags["tokenizer"]["epochs"], flags["lpd"]["epochs"]
-
-    few, more, most = epochs(0.1), epochs(1), epochs(1e9)
-    assert few < more < most == (100, 300)
-    assert own_images.choose(10**6, device)[1]["model"] == "lpd_tiny"
-    assert own_images.choose(10**6, torch.device("cuda"))[1]["model"] == "lpd_small"
-    assert own_images.choose(100, torch.device("cuda"))[1]["model"] == "lpd_tiny"
+def recipe_for(minutes, images=1808):
+    """Flags of a run in the folder `out`, and a recipe whose steps take half a second."""
+    args = own_images.parse_args(["data", "out", "--minutes", str(minutes)])
+    tokenizer, lpd = own_images.choose(args, images, CPU)
+    tokenizer["bf16"] = lpd["bf16"] = False
+    return args, {
+        "made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd,
+        "rates": {"tokenizer": 16.0, "lpd": 64.0},
+    }
 
 
-def test_recipe_serves_the_images_and_the_time_that_it_was_made_for(quick, tmp_path):
+def trained(folder, step, images_per_s, starts=1):
+    """Leave what a training leaves in its folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"step": step, "images_per_s": images_per_s})
+    Path(folder, "metrics.jsonl").write_text(f"{line}\n")
+    Path(folder, "runs.jsonl").write_text("{}\n" * starts)
+
+
+def test_size_of_the_model_follows_images_and_device():
+    args = own_images.parse_args(["data", "--model", "lpd_l"])
+    assert own_images.choose(args, 10**6, torch.device("cuda"))[1]["model"] == "lpd_l"
+    args.model = None
+    assert own_images.choose(args, 10**6, CPU)[1]["model"] == "lpd_tiny"
+    args.img_size = 60
+    with pytest.raises(ValueError, match="--img_size 60 is not a multiple of the 8"):
+        own_images.choose(args, 100, CPU)
+
+
+def test_tokenizer_has_what_it_needs_first_and_a_third_of_much_time():
+    shares = [plan.budget(*recipe_for(m), "tokenizer") / 60 / m for m in (5, 35, 60)]
+    assert shares[0] == 0.6 and 0.35 < shares[1] < 0.6 and shares[2] == 0.35
+    epochs = [plan.fitting(*recipe_for(m), "lpd") for m in (5, 60, 10**6)]
+    assert epochs[0] < epochs[1] < epochs[2] == 300
+
+
+def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
+    own_images.say_what_to_expect(*recipe_for(3))
+    out = capsys.readouterr().out
+    assert "poor below 800 steps of the tokenizer and 1,000 steps of the lpd: give --minutes " in out
+    own_images.say_what_to_expect(*recipe_for(int(out.split("--minutes ")[1]) + 3))
+    out = capsys.readouterr().out
+    assert "warning" not in out and "dB on held-out images" in out
+
+
+def test_plan_grows_with_the_rate_in_the_log(tmp_path, monkeypatch):
+    """It begins with half of what seems to fit; a machine that becomes free gets more epochs."""
+    monkeypatch.chdir(tmp_path)
+    args, recipe = recipe_for(10)
+    fits = plan.fitting(args, recipe, "tokenizer")
+    plan.update(args, recipe, "tokenizer")
+    assert recipe["tokenizer"]["epochs"] == fits / 2 and not plan.room(args, recipe, "tokenizer")
+    trained("out/tokenizer", step=100, images_per_s=40)
+    assert plan.room(args, recipe, "tokenizer")
+    plan.update(args, recipe, "tokenizer")
+    assert recipe["tokenizer"]["epochs"] > 2 * fits and not plan.room(args, recipe, "tokenizer")
+    trained("out/tokenizer", step=100, images_per_s=8)  # planned epochs are never fewer
+    planned = recipe["tokenizer"]["epochs"]
+    plan.update(args, recipe, "tokenizer")
+    assert recipe["tokenizer"]["epochs"] == planned
+
+
+def test_more_minutes_continue_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, recipe = recipe_for(14)
+    recipe["tokenizer"]["epochs"], recipe["lpd"]["epochs"] = 4, 12
+    trained("out/tokenizer", 900, images_per_s=16)
+    trained("out/lpd", step=678, images_per_s=80)
+    (tmp_path / "out/cache").mkdir()
+    assert not plan.room(args, recipe, "lpd")
+    args.minutes = 20
+    assert plan.room(args, recipe, "lpd")
+
+
+def test_precision_is_the_one_of_less_processor_time(monkeypatch):
+    """Wall time may be another program's; an emulated precision is tried once."""
+    times = {False: [(9.0, 3.0)], True: [(2.0, 4.0)]}  # wall, processor
+    monkeypatch.setattr(plan, "seconds", lambda step, device: step())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = plan.faster(lambda bf16: iter(times[bf16] * 10**6).__next__, CPU, least=1e-3)
+    assert found == pytest.approx((False, 9, 1 / 6))
+    slow = {False: [(1.0, 1.0)] * 10**6, True: [(50.0, 50.0)]}
+    assert not plan.faster(lambda bf16: iter(slow[bf16]).__next__, CPU, least=1e-3)[0]
+
+
+def test_recipe_serves_the_images_that_it_was_made_for(quick, tmp_path):
     helpers.write_images(tmp_path / "data", per_class=9)
     train, out = split_folder(tmp_path / "data")[0], tmp_path / "out"
-    words = [tmp_path / "data", out, "--dry_run", "--minutes"]
-    args = own_images.parse_args([str(word) for word in [*words, 1]])
-    write_json(out / "recipe.json", own_images.recipe(args, train, torch.device("cpu")))
-    finished(call_main(own_images.main, *words, 1))
+    words = [tmp_path / "data", out, "--dry_run"]
+    args = own_images.parse_args([str(word) for word in words])
+    write_json(out / "recipe.json", own_images.new_recipe(args, train, CPU))
+    finished(call_main(own_images.main, *words, "--minutes", 99))
     (train.root / train.names[0]).unlink()
-    outcome = call_main(own_images.main, *words, 2)
-    changes = f"minutes 1.0, now it is 2.0; images {len(train)}, now it is {len(train) - 1}"
+    outcome = call_main(own_images.main, *words, "--no_mirror")
+    changes = f"no_mirror False, now it is True; images {len(train)}, now it is {len(train) - 1}"
     assert outcome.status == 2 and changes in outcome.err and "give another OUTPUT" in outcome.err
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """16 tokens and small models; steps are timed once, and seem slow; the programs are forked."""
-    tokenizer, lpd = own_images.choose(18, torch.device("cpu"))
+def small(quick, monkeypatch):
+    """16 tokens and small models for a few steps; the programs are forked."""
+    args = own_images.parse_args(["data"])
+    tokenizer, lpd = own_images.choose(args, 18, CPU)
     tokenizer |= {"img_size": 32, "vocab_size": 64, "z_channels": 32, "multipliers": (1, 1, 1, 1)}
     lpd |= {"model": "lpd_micro"}
     for flags in (tokenizer, lpd):
         flags["batch_size"] = 6
-    timed = own_images.seconds
 
-    def run_command(words):
-        return finished(forked(*words[1:])).status, 0
+    def run_until(due, words):
+        return finished(forked(*words[1:])).status, False
 
     monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
     monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
-    monkeypatch.setattr(own_images, "seconds", lambda step, device, least=0: 4 * timed(step, device, least=0))
-    monkeypatch.setattr(own_images, "run_command", run_command)
+    monkeypatch.setattr(own_images, "run_until", run_until)
 
 
-def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path, monkeypatch):
+def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path):
     words = helpers.images(), tmp_path, "--device", "cpu", "--minutes", "0.1"
     out = finished(call_main(own_images.main, *words)).out
     assert "loss: " in out and "held-out images" in out
     for name in ("tokenizer/reconstructions.png", "tokenizer/loss.png", "lpd/loss.png", "samples/grid.png"):
         assert picture(tmp_path / name).std() > 0
     kept = read_json(tmp_path / "recipe.json")
-    monkeypatch.setattr(own_images, "seconds", lambda *_, least=0: 0.001)
     again = finished(call_main(own_images.main, *words, "--dry_run")).out
-    assert commands(again) == commands(out) and read_json(tmp_path / "recipe.json") == kept
+    last = {words[0]: words for words in commands(out)}  # a training may have grown
+    assert len(last) == 4 and commands(again) == [*last.values()][1:]
+    assert read_json(tmp_path / "recipe.json") == kept

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import shutil
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote
 
+import helpers
 import pytest
 import torch
 from helpers import ON_CPU, call, call_main, contents, picture
@@ -18,7 +20,7 @@ from engine.published import PUBLISHED, TOKENIZER, WEIGHTS, order_file
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig
 from models.vqgan import VQConfig, VQModel
 from orders.order_file import load_orders, save_orders
-from scripts import fetch
+from scripts import fetch, own_images, plan
 
 COMMIT = "1" * 40
 SMALL = LPDConfig(vocab_size=64, embed_dim=32, depth=1, num_heads=2)
@@ -149,6 +151,21 @@ def test_flags_that_are_given_win_and_all_others_that_are_used_are_printed(progr
         used = f"--{name} {getattr(args, name)} " in f"{printed.strip()} "
         assert used != (f"--{name}" in words.split())
     assert "own.pth" not in printed
+
+
+def test_own_images_tune_published_weights_where_these_are(published, tmp_path, monkeypatch, capsys):
+    """On a GPU by default, elsewhere by name; without the hub a model of their own is trained there."""
+    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 4.0, 1.0))
+    words = [helpers.images(), tmp_path / "out", "--dry_run"]
+    out = finished(call_main(own_images.main, *words, "--model", "lpd_l_256")).out
+    assert "main_tokenizer.py" not in out and "--pretrained_ckpt hf://mit-han-lab/lpd_l_256" in out
+    assert out.count("--img_size 256") == 2 and "--model lpd_l " in out.replace("\\\n", " ")
+    args, gpu = own_images.parse_args(["data"]), torch.device("cuda")
+    assert own_images.choose(args, 100, gpu)[1]["pretrained_ckpt"] == WEIGHTS.format("lpd_l_256")
+    published.close()
+    shutil.rmtree(tmp_path / "cache")
+    assert own_images.choose(args, 100, gpu)[1]["model"] == "lpd_tiny"
+    assert "a tokenizer and a model are trained from nothing" in capsys.readouterr().out
 
 
 def test_a_size_alone_changes_no_other_flag(capsys):

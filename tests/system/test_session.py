@@ -14,7 +14,7 @@ from processes import WAIT
 from demo.session import Request, Session, Worker, edit, generate
 from engine.generate import generate_images, resolve_settings
 
-REQUEST = Request(label=1, images=2, steps=4, order="lpd", guidance=2.0, temperature=1.0, seed=3)
+REQUEST = Request(label=1, images=2, steps=4, order="lpd", guidance=2.0, temperature=1.0, top_p=1.0, seed=3)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_plot_over_steps_has_a_curve_for_each_order(monkeypatch):
     pairs = [(order, steps) for order in ("lpd", "raster") for steps in (16, 4)]
     results = [result(5.0 if order == "lpd" else 9.0, order=order, steps=steps) for order, steps in pairs]
     curves, labels = plotted(monkeypatch, results)
-    points = {name: [(4, fid, 0), (16, fid, 0)] for name, fid in (("lpd, cfg 3", 5), ("raster, cfg 3", 9))}
+    points = {name: [(4, fid), (16, fid)] for name, fid in (("lpd, cfg 3", 5), ("raster, cfg 3", 9))}
     assert curves == points
     assert labels == {"xlabel": "steps", "ylabel": "FID,\n100 images"}
 
@@ -68,7 +68,7 @@ def test_plot_over_steps_has_a_curve_for_each_order(monkeypatch):
 def test_plot_over_guidance_leaves_out_the_final_evaluation(monkeypatch):
     results = [result(5.0, cfg=2.0), result(4.0, cfg=3.0), result(2.0, cfg=3.0, n=500)]
     curves, labels = plotted(monkeypatch, results)
-    assert curves == {"lpd, steps 8": [(2, 5, 0), (3, 4, 0)]} and labels["xlabel"] == "guidance scale"
+    assert curves == {"lpd, steps 8": [(2, 5), (3, 4)]} and labels["xlabel"] == "guidance scale"
 
 
 # The whole program, with a stand-in for main_lpd.py whose distance falls with the guidance scale.
