@@ -190,7 +190,7 @@ def test_lossy_files_are_scored_with_a_warning(pixels, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ({"images": None}, "--images is needed"),
-    ({"images": "no/such/folder"}, "No such file or directory: 'no/such/folder'"),
+    ({"images": "no/such/folder"}, "no such folder or archive: no/such/folder"),
     ({"reference": "a", "fid_stats": "b"}, "either --reference or --fid_stats"),
     ({"prc": True}, "--prc: give --fid_stats of main_stats.py --save_features or ADM's batch"),
     ({"fid_stats": "images.npz"}, "images.npz: no statistics with mu and sigma"),
