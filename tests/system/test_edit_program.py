@@ -11,7 +11,7 @@ from PIL import Image
 from processes import finished
 
 from models.vqgan import VQModel
-from util.images import cells_under, paste, to_uint8, to_unit, with_border
+from util.images import cells_under, only_inside, paste, to_uint8, to_unit, with_border
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,11 @@ def test_cell_is_generated_if_any_of_its_pixels_is_marked(shape, marked, cells):
     mask = np.zeros(shape, bool)
     mask[tuple(zip(*marked, strict=True))] = True
     assert np.flatnonzero(cells_under(mask, 4)).tolist() == cells
+
+
+def test_a_picture_is_shown_without_the_border_that_was_made_up():
+    shown = only_inside(np.full((8, 8, 3), 200, np.uint8), (2, 0, 1, 3))
+    assert (shown[:5, 2:7] == 200).all() and (shown == 128).sum() == 3 * (64 - 25)
 
 
 def test_border_surrounds_the_shrunk_picture():
@@ -99,7 +104,8 @@ def test_kept_tokens_are_those_of_the_picture(tmp_path, monkeypatch):
     np.testing.assert_array_equal(edited[0], to_uint8(tokenizer.decode(tokens))[0].numpy())
 
 
-def test_pasted_pixels_are_those_of_the_picture(tmp_path):
-    edited, _ = run_edit(tmp_path, ["--box", 0, 8, 16, 16], paste=2)
+@pytest.mark.parametrize("flags", [{"paste": 2}, {}])
+def test_kept_pixels_are_those_of_the_picture(tmp_path, flags):
+    edited, _ = run_edit(tmp_path, ["--box", 0, 8, 16, 16], **flags)
     original = picture(tmp_path / "original.png")
     assert (edited[:, :6] == original[:6]).all() and (edited[:, 8:] != original[8:]).any()

@@ -360,3 +360,10 @@ def test_machines_come_from_a_job_step_unless_they_are_set(tmp_path):
     assert environment(tmp_path, **alone).stdout == "1 0 127.0.0.1 29500 2\n"
     done = environment(tmp_path, **{**STEP, "SLURM_STEP_NUM_TASKS": "16"})
     assert done.returncode == 2 and "16 tasks on 2 machines" in done.stderr
+
+
+def test_a_command_is_stopped_once_something_is_due():
+    obeys = "import os, signal, time; signal.signal(10, lambda *_: os._exit(7)); time.sleep(60)"
+    command = [sys.executable, "-S", "-c", obeys]
+    assert job.run_until(lambda: True, command, every=1) == (7, True)
+    assert job.run_until(lambda: False, ["sh", "-c", "exit 3"], every=0.01) == (3, False)
