@@ -140,8 +140,7 @@ def main(argv=None):
     })
     tokens = tokenizer.encode(images.to_unit(np.array(pixels[None])).to(device))  # [1, L]
     edited, film = edit(model, decoder, tokens, settings, label, args.batch_size)
-    if width is not None:
-        edited = images.paste(pixels, edited, cells, width)
+    edited = edited if width is None else images.paste(pixels, edited, cells, width)
     save(output, images.only_inside(pixels, args.outpaint or (0, 0, 0, 0)), cells, edited, film)
     generated = f"{cells[0].sum()} of {cells[0].size} cells generated in {len(settings.group_sizes)} steps"
     print(f"{generated}: {output}/sheet.png")

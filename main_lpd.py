@@ -202,8 +202,7 @@ def run_training(args, world):
             hooks.append((args.eval_freq, report.evaluation_hook(evaluation, tokenizer, world)))
         run = cli.settings_from(RunSettings, args, output_dir=args.output_dir, hooks=tuple(hooks))
     info = {name: data[name] for name in ("class_names", "img_size", "tokenizer_digest", "names_digest")}
-    if args.sample_freq:
-        info["sampling"] = cli.chosen(Sampling, args)
+    info |= {"sampling": cli.chosen(Sampling, args)} if args.sample_freq else {}
     with cli.sole_writer("--output_dir", args.output_dir, world):
         wandb = (args.wandb_project, args.wandb_run_name) if args.use_wandb else None
         listeners = {"tensorboard": args.tensorboard, "wandb": wandb}
