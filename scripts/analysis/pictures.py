@@ -11,13 +11,13 @@ of real images: what is left of the difference between orders is not a matter of
 from util import cli  # isort: skip
 import itertools
 import time
+from functools import partial
 
 import torch
 
 from benchmarks.classifier import load_classifier, predict
 from engine.decoding import generate_tokens, step_shapes
 from engine.evaluate import MetricSpec
-from engine.features import EXTRACTORS
 from engine.generate import ORDERS, load_pair, resolve_settings
 from engine.metrics import compute_metrics
 from engine.sampling import Sampling
@@ -40,8 +40,7 @@ def parse_args(argv=None):
     add("--group_sizes", action=cli.GroupSizes, nargs="+", help="tokens of each step, in place of --steps")
     add("--seeds", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     add("--given", type=cli.number(int, 0), default=0, metavar="K", help="groups that are not drawn")
-    add("--features", choices=EXTRACTORS, default="efficientnet_lite0")
-    add("--fid_stats", metavar="FILE", help="of main_stats.py")
+    add("--fid_stats", metavar="FILE", help="of main_stats.py --features efficientnet_lite0")
     add("--classifier", metavar="FILE", help="of benchmarks/classifier.py")
     add("--batch_size", type=cli.number(int, 1), default=50)
     cli.add_settings(parser, Sampling)
@@ -50,17 +49,15 @@ def parse_args(argv=None):
 
 def settings_of(args, grid_size):
     """The `GenerationSettings` of the flags. ValueError for given groups that an order cannot have."""
-    found = []
+    found, sampling = [], cli.settings_from(Sampling, args)
     for order, steps, seed in itertools.product(args.orders, args.steps, args.seeds):
         schedule = {"group_sizes": args.group_sizes} if args.group_sizes else {"generation_steps": steps}
-        found.append(resolve_settings(
-            grid_size, order=order, seed=seed, sampling=cli.settings_from(Sampling, args), **schedule
-        ))
-        if args.given >= len(found[-1].group_sizes):
-            raise ValueError(f"--given {args.given} is not fewer than {len(found[-1].group_sizes)} groups")
+        found.append(resolve_settings(grid_size, order=order, seed=seed, sampling=sampling, **schedule))
+        if args.given >= (groups := len(found[-1].group_sizes)):
+            raise ValueError(f"--given {args.given} is not fewer than {groups} groups")
         if args.given and order in POLICIES:
             raise ValueError(f"--given: {order} decides its first groups itself")
-    return list(dict.fromkeys(found))
+    return found
 
 
 class Pictures:
@@ -70,28 +67,24 @@ class Pictures:
         self.model, self.tokenizer, _ = load_pair(args.pretrained_ckpt, args.vqgan_path, args.model)
         self.model, self.tokenizer = self.model.to(device), self.tokenizer.to(device)
         size = self.model.config.grid_size * self.tokenizer.config.stride
-        self.metrics = MetricSpec.load(args.features, device, size, fid_stats=args.fid_stats)
+        self.metrics = MetricSpec.load("efficientnet_lite0", device, size, fid_stats=args.fid_stats)
         self.classifier, _ = load_classifier(args.classifier)
         if (known := self.classifier.config.img_size) != size:
             raise ValueError(f"--classifier is of {known} px images, the weights make {size} px")
-        self.given, self.batch_size = args.given, args.batch_size
-        self.real, self.labels = None, torch.arange(args.num_images)
-        self.labels = self.labels * self.model.config.num_classes // args.num_images
+        self.given, self.batch_size, self.real = args.given, args.batch_size, None
+        self.labels = torch.arange(args.num_images) * self.model.config.num_classes // args.num_images
         if args.data_path or args.cached_path:
             _, self.real, self.labels = images.load(args, device)
 
     def tokens(self, plan, ids):
         """Of the images of these ids, int64 [b, L]."""
-        order, sizes, labels = plan.orders(ids.numpy()), plan.group_sizes, self.labels[ids]
+        order, sizes = plan.orders(ids.numpy()), plan.group_sizes
         options = {"sampling": plan.sampling, "seed": plan.seed, "image_ids": ids}
+        make = partial(generate_tokens, self.model, self.labels[ids], order, **options)
         if not self.given:
-            return generate_tokens(self.model, labels, order, sizes, **options)
-        if self.real is None:
-            source = generate_tokens(self.model, labels, order, (1,) * order.shape[1], **options).cpu()
-        else:
-            source = self.real[ids]
-        known = source.gather(1, order[:, : sum(sizes[: self.given])])
-        return generate_tokens(self.model, labels, order, sizes[self.given :], known=known, **options)
+            return make(sizes)
+        source = make((1,) * order.shape[1]).cpu() if self.real is None else self.real[ids]
+        return make(sizes[self.given :], known=source.gather(1, order[:, : sum(sizes[: self.given])]))
 
     @torch.inference_mode()
     def measure(self, plan):
@@ -110,7 +103,7 @@ class Pictures:
         return {
             "order": plan.order, "steps": len(plan.group_sizes), "cfg": plan.sampling.cfg,
             "num_images": len(self.labels), "metrics": {**metrics, "recognised": hits / len(self.labels)},
-            "seconds": {"generate": seconds, "decode": 0.0}, **work_of(plan),
+            "seconds": {"generate": seconds, "decode": 0.0},
         }
 
 
@@ -141,16 +134,15 @@ def main(argv=None):
         todo = {folder / f"{p.order}_{len(p.group_sizes)}_seed{p.seed}.json": p for p in plans}
         for path, plan in todo.items():
             if path.exists():
-                saved, now = read_json(path)["protocol"], plan.as_json() | facts
-                refuse_changes(path, saved, now, "give another --output_dir")
+                now, remedy = plan.as_json() | facts, "give another --output_dir"
+                refuse_changes(path, read_json(path)["protocol"], now, remedy)
     with cli.sole_writer("--output_dir", folder, world):
         for path, plan in todo.items():
             if not path.exists():
                 write_json(path, pictures.measure(plan) | {"protocol": plan.as_json() | facts})
                 print(path.stem, flush=True)
-        results = [read_json(path) for path in todo]
-        work = {(r["order"], r["steps"]): {key: r[key] for key in ("forwards", "rows")} for r in results}
-        rows = [row | work[row["order"], row["steps"]] for row in sweep.summarise(results)]
+        work = {(plan.order, len(plan.group_sizes)): work_of(plan) for plan in plans}
+        rows = [row | work[row["order"], row["steps"]] for row in sweep.summarise(map(read_json, todo))]
         write_csv(folder / "pictures.csv", rows)
         sweep.plot(folder / "pictures.png", rows)
         print(sweep.table(rows))
