@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.classifier import load_classifier, predict
 from engine.decoding import generate_tokens, step_shapes
-from engine.evaluate import MetricSpec
+from engine.features import flat, nested
 from engine.generate import ORDERS, load_pair, resolve_settings
-from engine.metrics import compute_metrics
+from engine.measure import MetricSpec
+from engine.metrics import MetricSettings
 from engine.sampling import Sampling
 from models.weights import state_digest
 from orders.policies import POLICIES
@@ -40,9 +41,9 @@ def parse_args(argv=None):
     add("--group_sizes", action=cli.GroupSizes, nargs="+", help="tokens of each step, in place of --steps")
     add("--seeds", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     add("--given", type=cli.number(int, 0), default=0, metavar="K", help="groups that are not drawn")
-    add("--fid_stats", metavar="FILE", help="of main_stats.py --features efficientnet_lite0")
     add("--classifier", metavar="FILE", help="of benchmarks/classifier.py")
     add("--batch_size", type=cli.number(int, 1), default=50)
+    cli.add_settings(parser, MetricSettings)
     cli.add_settings(parser, Sampling)
     return parser.parse_args(argv)
 
@@ -67,7 +68,7 @@ class Pictures:
         self.model, self.tokenizer, _ = load_pair(args.pretrained_ckpt, args.vqgan_path, args.model)
         self.model, self.tokenizer = self.model.to(device), self.tokenizer.to(device)
         size = self.model.config.grid_size * self.tokenizer.config.stride
-        self.metrics = MetricSpec.load("efficientnet_lite0", device, size, fid_stats=args.fid_stats)
+        self.metrics = MetricSpec.load(cli.settings_from(MetricSettings, args), device, size)
         self.classifier, _ = load_classifier(args.classifier)
         if (known := self.classifier.config.img_size) != size:
             raise ValueError(f"--classifier is of {known} px images, the weights make {size} px")
@@ -95,11 +96,13 @@ class Pictures:
             tokens = self.tokens(plan, ids).cpu()  # waits for the device
             seconds += time.perf_counter() - begin
             pixels = to_uint8(self.tokenizer.decode(tokens.to(self.model.pos_embed.device)))
-            outputs.append({name: x.cpu() for name, x in self.metrics.extractor(pixels).items()})
+            found = flat({extractor.name: extractor(pixels) for extractor in self.metrics.extractors})
+            outputs.append({key: value.float().cpu() for key, value in found.items()})
             grey = pixels.cpu().float().mean(dim=3).to(torch.uint8)[:, None]
             hits += (predict(self.classifier, grey) == self.labels[ids]).sum().item()
-        found = [torch.cat([part[name] for part in outputs]) for name in ("features", "logits")]
-        metrics = compute_metrics(*found, self.metrics.extractor.name, self.metrics.reference)
+        found = {key: torch.cat([part[key] for part in outputs]) for key in outputs[0]}
+        names = [extractor.name for extractor in self.metrics.extractors]
+        metrics = self.metrics.compute(nested(found, names))
         return {
             "order": plan.order, "steps": len(plan.group_sizes), "cfg": plan.sampling.cfg,
             "num_images": len(self.labels), "metrics": {**metrics, "recognised": hits / len(self.labels)},

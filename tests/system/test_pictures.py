@@ -10,8 +10,8 @@ from processes import finished
 
 from benchmarks.classifier import Classifier, ClassifierConfig
 from engine.decoding import generate_tokens
-from engine.evaluate import MetricSpec
 from engine.generate import resolve_settings
+from engine.measure import MetricSpec
 from models.weights import save_weights
 from scripts.analysis import pictures
 from util.files import read_json
@@ -22,6 +22,10 @@ class Brightness:
 
     name, digest, num_features = "brightness", "0", 2
 
+    @staticmethod
+    def metric_name(kind):
+        return kind
+
     def __call__(self, pixels):
         pixels = pixels.float().flatten(1)
         return {"features": torch.stack([pixels.mean(1), pixels.std(1)], dim=1), "logits": pixels[:, :3]}
@@ -29,8 +33,8 @@ class Brightness:
 
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
-    reference = {"mu": np.zeros(2), "sigma": np.eye(2)}
-    monkeypatch.setattr(MetricSpec, "load", lambda *_args, **_: MetricSpec(Brightness(), reference))
+    spec = MetricSpec([Brightness()], {"brightness": {"mu": np.zeros(2), "sigma": np.eye(2)}})
+    monkeypatch.setattr(MetricSpec, "load", lambda *_: spec)
     classifier = Classifier(ClassifierConfig(("a", "b", "c"), 16))
     save_weights(tmp_path / "classifier.safetensors", classifier, accuracy=0.5, epochs=1)
 
