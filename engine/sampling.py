@@ -21,7 +21,7 @@ MASK_32 = 0xFFFFFFFF
 class Sampling:
     """How token ids are drawn from logits; the fields are also the flags of the programs."""
 
-    cfg: float = setting(1.0, "guidance scale; 1 is no guidance", least=0)
+    cfg: float = setting(1.0, "guidance scale; 1 is none, 3 to 6 are usual", least=0)
     cfg_schedule: str = setting("linear", "guidance scale over the slots", choices=[*GUIDANCE_SCHEDULES])
     temperature: float = setting(1.0, "0 takes the likeliest token", least=0)
     top_k: int = setting(0, "draw from the k likeliest tokens; 0 keeps all", least=0)
