@@ -4,8 +4,9 @@
         --output_file imagenet256.npz
     python main_stats.py --reference_batch images.npz --output_file images_stats.npz
 
-Takes an image folder (ADM's centre crop) or images in an .npz, as ADM stores them, at any size. ADM's own
-VIRTUAL_*.npz have mu and sigma, of the whole training set: these are kept, and --fid_stats reads them itself.
+Takes a folder or archive of images (ADM's centre crop) or images in an .npz, as ADM stores them, at any size.
+ADM's own VIRTUAL_*.npz have mu and sigma, of the whole training set: these are kept, and --fid_stats reads
+them itself.
 """
 
 from util import cli  # isort: skip

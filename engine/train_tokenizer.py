@@ -198,7 +198,7 @@ def validation(config, folder, device):
 
 
 def train_tokenizer(state, folders, run, world, log, num_workers=0):
-    """Train from `state.step` to the end on the first of two ImageFolders; the second, or None, is held out.
+    """Train from `state.step` to the end on the first of two ImageSets; the second, or None, is held out.
     `run` is a RunSettings whose frequencies count steps. Weights are written with every checkpoint. Raises
     UnreadableImage, naming the file, and what `TrainingLoop` raises."""
     config, (folder, held_out) = state.config, folders

@@ -16,7 +16,7 @@ from models.vqgan import VQModel
 from models.weights import CONFIG, WEIGHTS, find, read_weights, state_digest
 from util import cli
 from util.files import atomic
-from util.token_cache import META, PUBLISHED, TokenCache, split_cache
+from util.token_cache import CACHE_FILES, META, TokenCache, split_cache
 
 CARD = "README.md"
 ABOUT = {
@@ -123,9 +123,9 @@ def export_cache(args, folder):
     with cli.checking("--cached_path: "):
         cache = TokenCache(args.cached_path)
         held_out = split_cache(cache, 0)[1]
-    for earlier in [path for pattern in reversed(PUBLISHED) for path in folder.glob(pattern)]:
+    for earlier in [path for pattern in reversed(CACHE_FILES) for path in folder.glob(pattern)]:
         earlier.unlink()
-    paths = [path for pattern in PUBLISHED for path in cache.folder.glob(pattern)]
+    paths = [path for pattern in CACHE_FILES for path in cache.folder.glob(pattern)]
     for path in sorted(paths, key=lambda path: path.name == META):
         with atomic(folder / path.relative_to(cache.folder)) as partial:
             shutil.copyfile(path, partial)

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 8 scripts/score.py --images samples.npz --reference imagenet/val --prc \\
         --features inception dinov2 --dinov2 FILE --output_file score.json
 
-The images of a folder, at any depth, or of an .npz as ADM and main_lpd.py --save_npz write it. They are
-measured as they are, or centre-cropped to --img_size. For the digits of an evaluation take its --eval_bsz.
+The images of a folder or archive (docs/data.md), at any depth, or of an .npz as ADM and --save_npz of
+main_lpd.py write it. They are measured as they are, or centre-cropped to --img_size. For the digits of an
+evaluation take its --eval_bsz.
 """
 
 import time
@@ -22,7 +23,7 @@ from util.files import write_json
 def parse_args(argv=None):
     parser = cli.Parser(description="Metrics of stored images")
     add = parser.add_argument
-    add("--images", metavar="SOURCE", help="folder of images, flat or by class, or .npz with arr_0")
+    add("--images", metavar="SOURCE", help="folder or archive, flat or by class, or .npz with arr_0")
     add("--reference", metavar="SOURCE", help="real images, measured too, in place of --fid_stats")
     add("--output_file", metavar="FILE", help=".json to write")
     add("--overwrite", action="store_true", help="replace --output_file")

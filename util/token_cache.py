@@ -27,7 +27,7 @@ from util.folders import held_out, list_images, val_fraction_of
 
 FORMAT = 1
 META = "meta.json"  # present only in a complete cache
-PUBLISHED = "shard-*", "val/shard-*", f"val/{META}", META  # the files of a complete cache
+CACHE_FILES = "shard-*", "val/shard-*", f"val/{META}", META  # the files of a complete cache
 
 
 class DamagedCache(ValueError):
@@ -103,13 +103,13 @@ class CacheWriter:
     def __init__(self, folder, meta):
         self.folder, self.meta = Path(folder), meta
         now = {name: value for name, value in meta.as_json().items() if name != "unreadable"}
-        for path in (self.folder / "meta.json", self.folder / "plan.json"):
+        for path in (self.folder / META, self.folder / "plan.json"):
             if path.exists():
                 refuse_changes(path, CacheMeta.read(path).as_json(), now, "give another --cached_path")
 
     @property
     def complete(self):
-        return (self.folder / "meta.json").exists()
+        return (self.folder / META).exists()
 
     def begin(self):
         """Create the folder and write the plan."""
@@ -136,7 +136,7 @@ class CacheWriter:
     def finish(self, names):
         """Mark the cache complete, listing those of all `names` that are not in it."""
         unreadable = sorted(set(names) - set(_read_names(self.folder, self.meta)))
-        write_json(self.folder / "meta.json", {**self.meta.as_json(), "unreadable": unreadable})
+        write_json(self.folder / META, {**self.meta.as_json(), "unreadable": unreadable})
 
 
 def _read_names(folder, meta):
@@ -175,9 +175,9 @@ class TokenCache:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        if not (folder / "meta.json").exists():
+        if not (folder / META).exists():
             raise ValueError(_why_incomplete(folder))
-        self.meta = meta = CacheMeta.read(folder / "meta.json")
+        self.meta = meta = CacheMeta.read(folder / META)
         shards, tail = range(meta.num_shards), (2, meta.num_tokens)
         paths = [_shard_file(folder, s, "tokens.npy") for s in shards]
         tokens = [_map_shard(path, np.uint16, tail) for path in paths]
@@ -288,10 +288,10 @@ def open_token_cache(name, *, vocab_size=16384, img_size=256):
     if hub.is_on_hub(name):
         uri = hub.parse(name, "dataset")
         part = PurePosixPath(uri.path_in_repo)
-        folder = hub.fetch(name, uri, [f"{part / pattern}" for pattern in PUBLISHED]) / part
+        folder = hub.fetch(name, uri, [f"{part / pattern}" for pattern in CACHE_FILES]) / part
         return TokenCache(folder)
     folder = Path(name)
-    if (folder / "meta.json").exists() or (folder / "plan.json").exists():
+    if (folder / META).exists() or (folder / "plan.json").exists():
         return TokenCache(folder)
     return MarCache(folder, vocab_size, img_size)
 
