@@ -1,5 +1,6 @@
 """Fixtures that several test files share: tiny models with seeded weights, and the golden values."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from models.lpd import LPD, LPDConfig
 from models.vqgan import VQConfig, VQModel
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and in child processes too
 
 
 @pytest.fixture
