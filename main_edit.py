@@ -1,7 +1,6 @@
 """Edit a picture: cells of the token grid that contain a pixel to generate are generated, the rest is kept.
 
-    python main_edit.py --image shirt.png --class coat --box 0 14 28 28 --num 8 --output_dir output/edited \\
-        --pretrained_ckpt lpd.safetensors --vqgan_path tokenizer.safetensors
+    python main_edit.py --pretrained_ckpt assets/fashion_mnist --image shirt.png --class coat --box 0 14 28 28
 """
 
 from util import cli  # isort: skip
@@ -125,7 +124,7 @@ def save(output, pixels, cells, edited, film):
 @torch.inference_mode()
 def main(argv=None):
     args = parse_args(argv)
-    cli.required(args, "image", "class", "pretrained_ckpt", "vqgan_path")
+    cli.required(args, "image", "class", "pretrained_ckpt")
     with cli.checking():
         device = choose_device(args.device)
         image = images.read_image(cli.existing_file("--image", args.image), reading=cli.reading(args))

@@ -82,7 +82,7 @@ def check_flags(args):
     if args.published_protocol and not (args.evaluate and args.bf16):
         raise cli.UsageError("--published_protocol needs --evaluate and --bf16")
     if args.evaluate:
-        cli.required(args, "pretrained_ckpt", "vqgan_path")
+        cli.required(args, "pretrained_ckpt")
         for flag, path in (("--save_images", args.save_images), ("--save_npz", args.save_npz)):
             cli.writable_folder(flag, path.parent if path else args.output_dir)
         if args.save_npz and args.save_npz.suffix != ".npz":

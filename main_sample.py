@@ -1,7 +1,6 @@
 """Generate images of chosen classes: PNGs, a labelled grid, the order, a GIF of the decoding.
 
-    python main_sample.py --pretrained_ckpt assets/fashion_mnist/lpd.safetensors --classes sneaker 8 \\
-        --vqgan_path assets/fashion_mnist/tokenizer.safetensors --output_dir output/samples
+    python main_sample.py --pretrained_ckpt assets/fashion_mnist --classes sneaker 8
 """
 
 from util import cli  # isort: skip
@@ -119,7 +118,7 @@ def save_film_and_order(output, model, decoder, settings, labels, rows):
 
 def main(argv=None):
     args = parse_args(argv)
-    cli.required(args, "pretrained_ckpt", "vqgan_path")
+    cli.required(args, "pretrained_ckpt")
     with cli.checking():
         args.lpd_order_file = args.lpd_order_file and find(args.lpd_order_file, ORDER_SUFFIXES)
         device = choose_device(args.device)

@@ -38,9 +38,7 @@ FONTS = ["system-ui", "sans-serif"]  # the theme's own would be fetched from els
 def parse_args(argv=None):
     parser = cli.Parser(description="A page to generate and edit images in a browser")
     cli.add_weights_flags(parser, published.MODELS)
-    parser.set_defaults(
-        pretrained_ckpt=SHIPPED / "lpd.safetensors", vqgan_path=SHIPPED / "tokenizer.safetensors"
-    )
+    parser.set_defaults(pretrained_ckpt=SHIPPED / "lpd.safetensors")
     cli.add_class_names_flag(parser)
     cli.add_device_flag(parser)
     parser.add_argument("--compile", action="store_true", help="compile the decoder of images, on a GPU")

@@ -9,7 +9,7 @@ from engine.decoding import generate_tokens
 from engine.sampling import Sampling
 from models.lpd import LPD
 from models.vqgan import VQModel
-from models.weights import state_digest
+from models.weights import find, find_tokenizer, state_digest
 from orders.lpd_order import ORDER_KINDS, make_orders
 from orders.order_file import load_orders
 from orders.policies import POLICIES
@@ -130,14 +130,15 @@ def resolve_settings(
     )
 
 
-def load_pair(weights, tokenizer_weights, size=None):
+def load_pair(weights, tokenizer_weights=None, size=None):
     """A generator, its tokenizer (both in eval mode) and the info dict of its weights, from files, folders or
-    hf:// names.
+    hf:// names; the tokenizer by default from beside the weights (`find_tokenizer`).
 
     `size` is a key of LPD_CONFIGS, for weights that do not record their config. Raises ValueError for weights
     that cannot be read or do not belong together.
     """
-    tokenizer, _ = VQModel.load(tokenizer_weights)
+    weights = find(weights)
+    tokenizer, _ = VQModel.load(tokenizer_weights or find_tokenizer(weights))
     model, info = LPD.load(weights, size)
     expected, digest = info.get("tokenizer_digest"), state_digest(tokenizer)
     if expected and expected != digest:

@@ -22,6 +22,7 @@ from util.distributed import say, warn
 from util.files import atomic, read_json, reading, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
+TOKENIZER = "tokenizer.safetensors"
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
 AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
 PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
@@ -56,14 +57,28 @@ def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
 
 
 def _pick_file(names, suffixes, place):
-    """Of the files in a folder or repository: the export's, the run's, or the only one with a suffix."""
+    """Of the files in a folder or repository: the export's, the run's, or the only one with a suffix, but for
+    the tokenizer beside it."""
     found = sorted(name for name in names if Path(name).suffix in suffixes)
-    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found] or found
+    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found][:1]
+    usual = usual or [name for name in found if name != TOKENIZER] or found
     if not found:
         raise FileNotFoundError(f"{place} has no file that ends in {', '.join(suffixes)}")
-    if usual == found != found[:1]:
+    if len(usual) > 1:
         raise ValueError(f"{place} has several files, name one of them: {', '.join(found[:20])}")
     return usual[0]
+
+
+def find_tokenizer(weights):
+    """The one tokenizer beside a file of weights, or where own_images.sh puts it. Raises ValueError that names
+    where it was looked for, or which there are."""
+    places = [Path(weights).parent / folder / TOKENIZER for folder in ("", "../tokenizer")]
+    found = [path for path in places if path.is_file()]
+    if len(found) != 1:
+        those, problem = (found, "both exist") if found else (places, "do not exist")
+        raise ValueError(f"--vqgan_path is needed: {' and '.join(map(str, those))} {problem}")
+    say(f"--vqgan_path {found[0]}, found beside the weights")
+    return found[0]
 
 
 def _find_on_hub(name, suffixes, revision):
@@ -73,7 +88,8 @@ def _find_on_hub(name, suffixes, revision):
         raise ValueError(f"{name} does not name a file that ends in {', '.join(suffixes)}")
     found = _files_on_hub(name, uri, revision)
     file = Path(file or _pick_file(found, suffixes, f"{name}: the repository"))
-    files = [str(file)] + [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
+    files = [str(file), str(file.with_name(TOKENIZER))]
+    files += [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
     if size := found.get(str(file)):
         say(f"fetching {name}: {file}, {size / 1e6:,.1f} MB")
     folder = hub.fetch(name, uri, files, revision)

@@ -17,15 +17,12 @@ bash "$repo/environment_setup.sh"
 python=$repo/.venv/bin/python
 
 lpd=$repo/assets/fashion_mnist/lpd.safetensors
-tokenizer=$repo/assets/fashion_mnist/tokenizer.safetensors
 if [[ $train == 1 ]]; then
     work=$repo/output/demo_train
     TOKENIZER_EPOCHS=${TOKENIZER_EPOCHS:-0.5} LPD_EPOCHS=${LPD_EPOCHS:-2} \
         bash "$repo/scripts/fashion_mnist.sh" "$work"
     lpd=$work/lpd/lpd.safetensors
-    tokenizer=$work/tokenizer/tokenizer.safetensors
 fi
 
-"$python" "$repo/main_sample.py" --pretrained_ckpt "$lpd" --vqgan_path "$tokenizer" \
-    --num_per_class 8 --generation_steps 8 --compare_steps 64 --cfg 4 \
-    --output_dir "$repo/output/demo" --overwrite "$@"
+"$python" "$repo/main_sample.py" --pretrained_ckpt "$lpd" --num_per_class 8 \
+    --generation_steps 8 --compare_steps 64 --cfg 4 --output_dir "$repo/output/demo" --overwrite "$@"

@@ -438,3 +438,21 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path, tiny_lpd, tiny_vq):
     save_weights(paths[0], tiny_lpd, tokenizer_digest="0123")
     with pytest.raises(ValueError, match="--pretrained_ckpt was trained with tokenizer 0123"):
         engine.load_pair(*paths)
+
+
+def test_the_tokenizer_beside_the_weights_is_used_if_there_is_one(tmp_path, tiny_lpd, tiny_vq, capsys):
+    """In the folder of the weights, or in `tokenizer` beside it, where own_images.sh puts it."""
+    run = tmp_path / "lpd"
+    save_weights(run / "lpd.safetensors", tiny_lpd)
+    paths = run / "tokenizer.safetensors", run / "../tokenizer/tokenizer.safetensors"
+    with pytest.raises(ValueError, match=f"{paths[0]} and {paths[1]} do not exist"):
+        engine.load_pair(run)
+    for path in paths:
+        save_weights(path, tiny_vq)
+        assert state_digest(engine.load_pair(run)[1]) == state_digest(tiny_vq)
+        assert capsys.readouterr().out == f"--vqgan_path {path}, found beside the weights\n"
+        path.unlink()
+    for path in paths:
+        save_weights(path, tiny_vq)
+    with pytest.raises(ValueError, match=f"{paths[0]} and {paths[1]} both exist"):
+        engine.load_pair(run)

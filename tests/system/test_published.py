@@ -16,9 +16,11 @@ from processes import REPO, finished
 import main_edit
 import main_lpd
 import main_sample
+from engine.generate import load_pair
 from engine.published import PUBLISHED, TOKENIZER, WEIGHTS, order_file
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig
 from models.vqgan import VQConfig, VQModel
+from models.weights import save_weights
 from orders.order_file import load_orders, save_orders
 from scripts import fetch, own_images, plan
 
@@ -131,6 +133,13 @@ def test_all_that_an_evaluation_reads_is_fetched_ahead(published):
     assert len(load_orders(path, 256)) == 1 and path.endswith("steps32_repulsion2.json")
     outcome = call_main(fetch.main, "hf://owner/none")
     assert outcome.status == 2 and "hf://owner/none is not in" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_repository_of_weights_and_their_tokenizer_needs_one_name(hub, tiny_lpd, tiny_vq):
+    for name, model in (("any.safetensors", tiny_lpd), ("tokenizer.safetensors", tiny_vq)):
+        save_weights(served(hub, f"hf://owner/both/{name}"), model)
+    model, tokenizer, _ = load_pair("hf://owner/both")
+    assert (model.config, tokenizer.config) == (tiny_lpd.config, tiny_vq.config)
 
 
 @pytest.mark.parametrize("program", [main_sample, main_lpd])

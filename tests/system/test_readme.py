@@ -80,8 +80,7 @@ def test_demo_command_makes_recognisable_shapes(tmp_path):
     ignores its label fails."""
     script = (REPO / "scripts/demo.sh").read_text().replace("\\\n", " ")
     line = re.search(r'"\$repo/main_sample.py"(.*)', script)[1]
-    values = {"$lpd": FASHION / "lpd.safetensors", "$tokenizer": FASHION / "tokenizer.safetensors"}
-    words = [values.get(word, word) for word in shlex.split(line) if word != "$@"]
+    words = [FASHION / "lpd.safetensors" if word == "$lpd" else word for word in shlex.split(line)[:-1]]
     words = [tmp_path if str(word).endswith("/output/demo") else word for word in words]
     outcome = finished(call("sample", *words, "--num_per_class", 2, *ON_CPU))
     assert re.search(r"alone: .* in 8 steps, .* in 64: ", outcome.out)
