@@ -70,8 +70,10 @@ def _pick_file(names, suffixes, place):
 
 
 def find_tokenizer(weights):
-    """The one tokenizer beside a file of weights, or where own_images.sh puts it. Raises ValueError that names
-    where it was looked for, or which there are."""
+    """The one tokenizer beside a file of weights, or where own_images.sh puts it.
+
+    Raises ValueError: none or two; the message names where it was looked for.
+    """
     places = [Path(weights).parent / folder / TOKENIZER for folder in ("", "../tokenizer")]
     found = [path for path in places if path.is_file()]
     if len(found) != 1:

@@ -1,4 +1,5 @@
-"""What training costs, without a GPU: arithmetic, hours, memory, disk. Prints the tables of docs/cost.md.
+"""What training and sampling cost, without a GPU: arithmetic, hours, memory, disk. Prints the tables of
+docs/cost.md.
 
     python benchmarks/without_gpu/cost.py
     python benchmarks/without_gpu/cost.py --model lpd_small --img_size 128 --images 50000 --epochs 200
@@ -7,16 +8,23 @@
 import dataclasses
 import tempfile
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.without_gpu import count_training, fake_cuda
+from engine.decoding import decode
+from engine.fast import FastDecoder
+from engine.generate import default_steps
 from engine.loop import count_operations
+from engine.sampling import Sampling
 from models.lpd import LPD, LPD_CONFIGS, LPDConfig
 from models.vqgan import VQConfig, VQModel
 from orders.schedule import cosine_group_sizes
@@ -42,9 +50,13 @@ class Run:
     def img_size(self):
         return self.config.grid_size * STRIDE
 
+    @property
+    def group_sizes(self):
+        return cosine_group_sizes(self.config.num_tokens, default_steps(self.config.num_tokens))
+
 
 def parse_args(argv=None):
-    parser = cli.Parser(description="What training costs, found without a GPU")
+    parser = cli.Parser(description="What training and sampling cost, found without a GPU")
     add = parser.add_argument
     add("--model", choices=sorted(LPD_CONFIGS), help="default: the scripts of scripts/train")
     add("--img_size", type=cli.number(int, STRIDE), default=256)
@@ -77,13 +89,12 @@ def table(header, rows):
 # Arithmetic and hours.
 
 
-def training_operations(config):
+def training_operations(run):
     """Of a training step, forward and backward, for one image."""
 
     def loss_of_one():
-        order = torch.zeros(1, config.num_tokens, dtype=torch.long)
-        sizes = cosine_group_sizes(config.num_tokens, 20 if config.num_tokens == 256 else 48)
-        return LPD(config).loss(order, order[:, 0], order, sizes)
+        order = torch.zeros(1, run.config.num_tokens, dtype=torch.long)
+        return LPD(run.config).loss(order, order[:, 0], order, run.group_sizes)
 
     return count_operations(loss_of_one)
 
@@ -95,6 +106,21 @@ def encoding_operations(img_size):
     return counter.get_total_flops()
 
 
+def sampling_operations(run):
+    """Of the tokens of one image, with guidance, and of their decoder. All layers but the last are alike: one
+    and two tell what all of them do."""
+    totals = []
+    for depth in (1, 2):
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            inputs = (torch.zeros(1, n, dtype=torch.long) for n in (run.config.num_tokens, 2))
+            model = LPD(dataclasses.replace(run.config, depth=depth)).eval()
+            decode(model, [torch.zeros(1, dtype=torch.long), *inputs], run.group_sizes, Sampling(cfg=2.0))
+        totals.append(counter.get_total_flops())
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        VQModel(VQConfig()).decode(torch.zeros(1, run.config.num_tokens, dtype=torch.long))
+    return totals[0] + (run.config.depth - 1) * (totals[1] - totals[0]), counter.get_total_flops()
+
+
 def hours(operations, share):
     """GPU hours at a share of the peak, for each of GPUS."""
     return [f"{operations / (share * peak) / 3600:,.0f}" for peak in GPUS.values()]
@@ -103,7 +129,7 @@ def hours(operations, share):
 def training_table(runs, share):
     rows = []
     for run in runs:
-        each = training_operations(run.config)
+        each = training_operations(run)
         total = each * run.images * run.epochs
         rows.append([
             run.name, f"{run.images * run.epochs / 1e6:,.1f} M", f"{each / 1e12:.2f}", f"{total / 1e18:,.1f}",
@@ -111,6 +137,20 @@ def training_table(runs, share):
         ])
     names = [f"{name} hours (estimated)" for name in GPUS]
     return table(["recipe", "images seen", "TFLOP an image (counted)", "EFLOP (counted)", *names], rows)
+
+
+def sampling_table(runs, share):
+    rows = []
+    for run in runs:
+        tokens, decoder = sampling_operations(run)
+        total = EVALUATED * (tokens + decoder)
+        rows.append([
+            run.name, len(run.group_sizes), *(f"{x / 1e12:.2f}" for x in (tokens, decoder)),
+            *(f"{total / (share * peak) / 60:,.0f}" for peak in GPUS.values()),
+        ])
+    counted = ("TFLOP of an image's tokens (counted)", "of its decoder (counted)")
+    names = [f"50,000 images, {name} minutes (estimated)" for name in GPUS]
+    return table(["sampling", "steps", *counted, *names], rows)
 
 
 def caching_table(runs, share):
@@ -144,9 +184,47 @@ def reading_rate(count=40):
 # Memory.
 
 
+class LiveBytes(TorchDispatchMode):
+    """`most` is the bytes of tensors made inside it that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, sum(self.live.values()))
+        return made
+
+
+def sampling_memory(config):
+    """Bytes of the weights, as of --bf16, and of each image: KV cache, with guidance, and decoder."""
+    with fake_cuda.FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        with torch.device("cuda"):
+            model, tokenizer = LPD(config).eval().bf16_linears(), VQModel(VQConfig()).eval()
+            tokens = torch.empty(1, config.num_tokens, dtype=torch.long)
+        decoder, kv_cache = FastDecoder(tokenizer), model.new_kv_cache(2)
+        with LiveBytes() as made:
+            decoder.decode(tokens)
+        weights = [*model.parameters(), *decoder.decoder.parameters(), *tokenizer.encoder.parameters()]
+        return sum(x.nbytes for x in weights), kv_cache.nbytes, made.most
+
+
+def sampling_memory_table(runs, batches=(1, 64)):
+    rows = []
+    for run in runs:
+        weights, *each = (size / 1e9 for size in sampling_memory(run.config))
+        sums = (weights + n * sum(each) + count_training.WORKSPACE for n in batches)
+        rows.append([run.name, f"{weights:.1f}", *(f"{x:.2f}" for x in each), *(f"{x:.0f}" for x in sums)])
+    names = ["weights", "KV cache of an image", "decoder of an image", *(f"all, batch {n}" for n in batches)]
+    return table(["GB of GPU memory, sampling (counted)", *names], rows)
+
+
 def memory_table(runs, micro_batches):
-    """Replaces parts of torch in this process for good."""
-    fake_cuda.install()
     rows = [
         [run.name, *(f"{count_training.memory(run.config, n)['all']:.0f}" for n in micro_batches)]
         for run in runs
@@ -201,12 +279,14 @@ def main(argv=None):
     args = parse_args(argv)
     runs = runs_of(args)
     tables = (
-        training_table(runs, args.share), caching_table(runs, args.share), disk_table(runs),
-        evaluation_table(runs),
+        training_table(runs, args.share), sampling_table(runs, args.share), caching_table(runs, args.share),
+        disk_table(runs), evaluation_table(runs),
     )
     print("\n".join(tables))
     if find_spec("triton"):
-        print(memory_table(runs, args.micro_batches), end="")
+        fake_cuda.install()  # replaces parts of torch in this process for good
+        print(memory_table(runs, args.micro_batches))
+        print(sampling_memory_table(runs), end="")
     else:
         print("GPU memory is not counted: Triton, which comes with torch's CUDA builds, is not installed")
 

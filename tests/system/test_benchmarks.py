@@ -8,10 +8,14 @@ from pathlib import Path
 
 import helpers
 import pytest
+import torch
 from processes import QUIET, REPO
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.without_gpu import cost
-from models.lpd import LPD
+from engine.decoding import generate_tokens
+from engine.sampling import Sampling
+from models.lpd import LPD, LPDConfig
 from util.files import read_json
 
 # In place of `timeout`: prints the command, or runs it small.
@@ -74,6 +78,18 @@ def test_the_bill_in_the_docs_is_what_the_command_counts():
     for table in (cost.training_table([run], 0.4), cost.disk_table([run]), cost.evaluation_table([run])):
         header, _, row = table.splitlines()
         assert f"{header}\n" in page and f"{row}\n" in page
+
+
+@pytest.mark.long
+def test_sampling_is_counted_from_one_layer_and_two():
+    """Three layers count what one and two foretell."""
+    config = LPDConfig(grid_size=4, vocab_size=64, embed_dim=32, depth=3, num_heads=2)
+    run = cost.Run("small", config, 1, 1)
+    tokens, decoder = cost.sampling_operations(run)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        order = torch.arange(16)[None]
+        generate_tokens(LPD(config).eval(), order[:, 0], order, run.group_sizes, Sampling(cfg=3.0))
+    assert tokens == counter.get_total_flops() and decoder > 1e9
 
 
 def test_the_bill_of_a_checkpoint_and_a_token_cache_is_that_of_real_files():

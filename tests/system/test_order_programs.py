@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-from helpers import call_main
+from helpers import call_main, picture
 from processes import REPO, WAIT, children, finished, running, wait_for
 
 from orders import plot, run_lpd_order
 from orders.lpd_order import ORDER_KINDS, lpd_orders, make_orders
 from orders.order_file import load_orders, meta_path, save_orders
 from orders.schedule import cosine_group_sizes
+from scripts.analysis import method
 
 PROGRAM = REPO / "orders" / "run_lpd_order.py"
 SMALL = ["--img_size", "64", "--vqgan_stride", "8", "--generation_steps", "8", "--num_runs", "9"]
@@ -202,3 +203,8 @@ def test_wrong_usage_of_the_plot_is_one_line(order_files, flags, message):
     done = call_main(plot.main, *flags)
     assert done.status == 2 and message in done.err
     assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+def test_the_picture_of_the_method_is_drawn(tmp_path):
+    finished(call_main(method.main, "--output_file", tmp_path / "method.png"))
+    assert picture(tmp_path / "method.png").shape == picture(REPO / "assets/method.png").shape
