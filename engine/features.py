@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from models.weights import find, load_state, read_pth, read_weights, state_digest
 from util.cli import setting
@@ -99,16 +101,37 @@ class EfficientNetLite0(Extractor):
             raise ValueError(f"{path}: not the weights of timm's tf_efficientnet_lite0")
         network.load_state_dict(dict(zip(own, packaged.values(), strict=True)))
         self.digest = state_digest(network)
+        fold_norms(network.eval().requires_grad_(False))
         # channels_last: half the time of the depthwise convolutions on a CPU.
-        self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.network = network.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, images):
         """uint8 [B, H, W, 3] -> dict of float32 `features` [B, 1280] and `logits` [B, 1000]."""
+        # A CPU's caches hold what 16 images need between two layers.
+        parts = [self._outputs(part) for part in images.split(len(images) if images.is_cuda else 16)]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def _outputs(self, images):
         pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # mean = std = 0.5
         pixels = F.interpolate(pixels, size=(224, 224), mode="bilinear", align_corners=False)
         features = self.network.forward_head(self.network.forward_features(pixels), pre_logits=True)
         return {"features": features, "logits": self.network.classifier(features)}
+
+
+def fold_norms(module):
+    """Fold each of timm's batch norms into the convolution before it, in place: the same function in two
+    thirds of the time on a CPU."""
+    from timm.layers import BatchNormAct2d
+
+    before = None
+    for name, child in list(module.named_children()):
+        if isinstance(before, nn.Conv2d) and isinstance(child, BatchNormAct2d):
+            norm = child.running_mean, child.running_var, child.eps, child.weight, child.bias
+            before.weight, before.bias = fuse_conv_bn_weights(before.weight, before.bias, *norm)
+            setattr(module, name, child.act)
+        fold_norms(child)
+        before = child
 
 
 def _find_lite0():
