@@ -31,6 +31,7 @@ from util.device import choose_device
 
 MAX_UPLOAD = "8mb"  # of a file; its pixels are limited by util.images.MAX_PIXELS
 MAX_WAITING = 32  # visitors in the queue
+ONE_AT_A_TIME = {"concurrency_id": "session", "concurrency_limit": 1, "show_progress": "minimal"}
 SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "fashion_mnist"
 FONTS = ["system-ui", "sans-serif"]  # the theme's own would be fetched from elsewhere
 
@@ -122,20 +123,40 @@ def marked(drawing):
     return sum(layers[1:], layers[0]) if layers else None
 
 
-def build(session):
-    """The page, `gr.Blocks`, with its queue: one generation at a time."""
-    worker = Worker()
-    canvas = session.sheet(np.zeros((1, session.side, session.side, 3), np.uint8)).shape[:2]
-    one_at_a_time = {"concurrency_id": "session", "concurrency_limit": 1, "show_progress": "minimal"}
-
-    def to_editor(pixels):
-        return {"background": session.sheet(pixels[None]), "layers": [], "composite": None}, pixels
+def generate_tab(session, worker):
+    """Its controls and their events. Returns the components that hold results, by name."""
 
     def on_generate(*inputs):
         *request, compare = inputs
         with shown_errors():
             for parts in worker.stream(generate, session, Request(*request), compare=compare):
                 yield {generated[name]: value for name, value in parts.items()}
+
+    with gr.Column(scale=1):
+        request = request_controls(session, "generated")
+        compare = gr.Checkbox(label="Time one token at a time too", elem_id="compare")
+        start = gr.Button("Generate", variant="primary", elem_id="generate")
+    with gr.Column(scale=2):
+        generated = results("generated")
+    start.click(on_generate, [*request, compare], list(generated.values()), **ONE_AT_A_TIME)
+    return generated
+
+
+def picture_editor(session):
+    """Where the picture is painted over."""
+    canvas = session.sheet(np.zeros((1, session.side, session.side, 3), np.uint8)).shape[:2]
+    return gr.ImageEditor(
+        label="Picture", show_label=False, sources=(), transforms=(), layers=False,
+        brush=gr.Brush(default_size=30, colors=["#ff2d2d"], color_mode="fixed"), format="png",
+        canvas_size=canvas, fixed_canvas=True, elem_id="editor",
+    )
+
+
+def edit_tab(session, worker, generated):
+    """Its controls and their events; `generated` are the results of the other tab."""
+
+    def to_editor(pixels):
+        return {"background": session.sheet(pixels[None]), "layers": [], "composite": None}, pixels
 
     def on_edit(*inputs):
         *request, own_pixels, drawing, pixels = inputs
@@ -154,37 +175,32 @@ def build(session):
                 raise ValueError("nothing was generated yet")
             return *to_editor(made[0]), label
 
+    with gr.Column(scale=1):
+        with gr.Row():
+            upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
+            take = gr.Button("Take the generated one", elem_id="take")
+        gr.Markdown("Picture to edit: paint over what is to change.")
+        editor, pixels = picture_editor(session), gr.State()
+        request = request_controls(session, "edited")
+        own_pixels = gr.Checkbox(value=True, label="Elsewhere keep the picture's own pixels")
+        start = gr.Button("Edit", variant="primary", elem_id="edit")
+    with gr.Column(scale=2):
+        edited = results("edited")
+    start.click(on_edit, [*request, own_pixels, editor, pixels], list(edited.values()), **ONE_AT_A_TIME)
+    upload.upload(on_upload, upload, [editor, pixels], **ONE_AT_A_TIME)
+    made = [generated["made"], generated["label"]]
+    take.click(on_take, made, [editor, pixels, request[0]], **ONE_AT_A_TIME)
+
+
+def build(session):
+    """The page, `gr.Blocks`, with its queue: one generation at a time."""
+    worker = Worker()
     with gr.Blocks(title="LPD", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# LPD: Locality-aware Parallel Decoding\n{session.about}")
         with gr.Tab("Generate"), gr.Row():
-            with gr.Column(scale=1):
-                request = request_controls(session, "generated")
-                compare = gr.Checkbox(label="Time one token at a time too", elem_id="compare")
-                start = gr.Button("Generate", variant="primary", elem_id="generate")
-            with gr.Column(scale=2):
-                generated = results("generated")
+            generated = generate_tab(session, worker)
         with gr.Tab("Edit"), gr.Row():
-            with gr.Column(scale=1):
-                with gr.Row():
-                    upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload")
-                    take = gr.Button("Take the generated one", elem_id="take")
-                gr.Markdown("Picture to edit: paint over what is to change.")
-                editor = gr.ImageEditor(
-                    label="Picture", show_label=False, sources=(), transforms=(), layers=False,
-                    brush=gr.Brush(default_size=30, colors=["#ff2d2d"], color_mode="fixed"), format="png",
-                    canvas_size=canvas, fixed_canvas=True, elem_id="editor",
-                )
-                pixels = gr.State()
-                edit_request = request_controls(session, "edited")
-                own_pixels = gr.Checkbox(value=True, label="Elsewhere keep the picture's own pixels")
-                start_edit = gr.Button("Edit", variant="primary", elem_id="edit")
-            with gr.Column(scale=2):
-                edited = results("edited")
-        start.click(on_generate, [*request, compare], list(generated.values()), **one_at_a_time)
-        given = [*edit_request, own_pixels, editor, pixels]
-        start_edit.click(on_edit, given, list(edited.values()), **one_at_a_time)
-        upload.upload(on_upload, upload, [editor, pixels], **one_at_a_time)
-        take.click(on_take, [generated["made"], generated["label"]], [editor, pixels, edit_request[0]])
+            edit_tab(session, worker, generated)
     return page.queue(max_size=MAX_WAITING)
 
 
