@@ -12,9 +12,9 @@ from pathlib import Path
 from engine import report, train_tokenizer
 from engine.checkpoint import LAST
 from engine.loop import LossNotFinite, RunSettings
-from engine.train_tokenizer import VALIDATIONS, WEIGHTS_FILE, TokenizerTrainConfig
+from engine.train_tokenizer import VALIDATIONS, TokenizerTrainConfig
 from models.vqgan import VQConfig, VQModel
-from models.weights import save_weights
+from models.weights import TOKENIZER, save_weights
 from util import cli, distributed, pictures
 from util.files import refuse_changes, write_json
 from util.token_cache import names_digest
@@ -108,12 +108,12 @@ def write_results(args, state, folders, output_dir, world):
     facts = {"images": which, "data": Path(args.data_path).name, "img_size": args.img_size}
     result |= {**facts, "steps": state.step}
     pictures.save_png(output_dir / "reconstructions.png", sheet)
-    save_weights(output_dir / WEIGHTS_FILE, state.model, report=result)
+    save_weights(output_dir / TOKENIZER, state.model, report=result)
     write_json(output_dir / "report.json", result)
     curves = {"training images": "reconstruction", "held-out images": "val_reconstruction"}
     report.plot_losses(output_dir, curves, "reconstruction, L1 + L2")
     quality = f"{result['psnr']:.1f} dB PSNR, {result['codebook_use']:.0%} of the codes used"
-    print(f"{output_dir / WEIGHTS_FILE}: {quality} on {result['n']} {which}")
+    print(f"{output_dir / TOKENIZER}: {quality} on {result['n']} {which}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps
 from engine.loop import NonFiniteGuard, TrainingLoop, backward, count_operations, optimizer_step
 from models.vqgan import VQConfig, VQModel
-from models.weights import save_weights
+from models.weights import TOKENIZER, save_weights
 from util import distributed, pictures
 from util.cli import setting
 from util.device import is_cuda, to_device
@@ -23,7 +23,6 @@ from util.images import image_loader, in_order, readable_pixels, to_uint8, to_un
 
 MIN_STEPS = 2000  # by default
 VAL_IMAGES, VALIDATIONS = 128, 10  # of a validation at most; in a run
-WEIGHTS_FILE = "tokenizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def train_tokenizer(state, folders, run, world, log, num_workers=0):
 
     def checkpoint():
         if world.is_main:
-            save_weights(Path(run.output_dir) / WEIGHTS_FILE, state.model, img_size=config.img_size)
+            save_weights(Path(run.output_dir) / TOKENIZER, state.model, img_size=config.img_size)
         return checkpoint_of(state, {}, code_use=distributed.all_sum(state.code_use.clone()))
 
     val_loss = validation(config, held_out, world.device) if held_out else None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.weights import Pretrained
+from models.weights import TOKENIZER, USUAL, Pretrained
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,7 @@ class VQModel(Pretrained, nn.Module):
     """Pixels to tokens and back. Gradients flow through `forward` only."""
 
     config_class, marker = VQConfig, "quantize.embedding.weight"
+    usual_files = TOKENIZER, *USUAL
 
     def __init__(self, config):
         super().__init__()

@@ -23,6 +23,7 @@ from util.files import atomic, read_json, reading, write_json
 
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.safetensors", "checkpoint-last.pth"
 TOKENIZER = "tokenizer.safetensors"
+USUAL = WEIGHTS, CHECKPOINT  # of an export, of a run
 WEIGHT_SUFFIXES, ORDER_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin"), (".npy", ".json")
 AVERAGE = re.compile(r"(?<![a-z])(ema|emas|swa|averaged?|(?<!exp_)avg)(?![a-z])", re.I)  # ema, model_ema, ...
 PATHS, ARRAYS = "PosixPath WindowsPath PurePosixPath PureWindowsPath", "scalar _reconstruct"
@@ -42,31 +43,31 @@ class Inert:
     __init__ = __setstate__ = lambda self, *_: None
 
 
-def find(name, suffixes=WEIGHT_SUFFIXES, revision=None):
-    """The local path of a file, of the weights in a folder (an export, a run, or one file of any name), or of
-    `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached. Raises ValueError:
-    no such name, a file with another suffix, or several. OSError: it is not there."""
+def find(name, suffixes=WEIGHT_SUFFIXES, revision=None, usual=USUAL):
+    """The local path of a file, of the weights in a folder (the first of the `usual` names, or one file of
+    any name), or of `hf://owner/repo[@revision][/file]`, which huggingface_hub fetches unless it is cached.
+    Raises ValueError: no such name, a file with another suffix, or several. OSError: it is not there."""
     if hub.is_on_hub(name):
-        return _find_on_hub(str(name), suffixes, revision)
+        return _find_on_hub(str(name), suffixes, revision, usual)
     path = Path(name)
     if path.is_dir():
-        return path / _pick_file(os.listdir(path), suffixes, path)
+        return path / _pick_file(os.listdir(path), suffixes, usual, path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     return path
 
 
-def _pick_file(names, suffixes, place):
-    """Of the files in a folder or repository: the export's, the run's, or the only one with a suffix, but for
-    the tokenizer beside it."""
+def _pick_file(names, suffixes, usual, place):
+    """Of the files in a folder or repository: the first of the usual ones, or the only one with a suffix, but
+    for the tokenizer beside it."""
     found = sorted(name for name in names if Path(name).suffix in suffixes)
-    usual = [name for name in (WEIGHTS, CHECKPOINT) if name in found][:1]
-    usual = usual or [name for name in found if name != TOKENIZER] or found
+    picked = [name for name in usual if name in found][:1]
+    picked = picked or [name for name in found if name != TOKENIZER] or found
     if not found:
         raise FileNotFoundError(f"{place} has no file that ends in {', '.join(suffixes)}")
-    if len(usual) > 1:
+    if len(picked) > 1:
         raise ValueError(f"{place} has several files, name one of them: {', '.join(found[:20])}")
-    return usual[0]
+    return picked[0]
 
 
 def find_tokenizer(weights):
@@ -83,13 +84,13 @@ def find_tokenizer(weights):
     return found[0]
 
 
-def _find_on_hub(name, suffixes, revision):
+def _find_on_hub(name, suffixes, revision, usual):
     uri = hub.parse(name, "model")
     file, revision = uri.path_in_repo, revision or uri.revision
     if file and (Path(file).suffix not in suffixes or ".." in Path(file).parts):
         raise ValueError(f"{name} does not name a file that ends in {', '.join(suffixes)}")
     found = _files_on_hub(name, uri, revision)
-    file = Path(file or _pick_file(found, suffixes, f"{name}: the repository"))
+    file = Path(file or _pick_file(found, suffixes, usual, f"{name}: the repository"))
     files = [str(file), str(file.with_name(TOKENIZER))]
     files += [str(file.with_name(CONFIG))] * (file.name == WEIGHTS)
     if size := found.get(str(file)):
@@ -263,8 +264,10 @@ class Pretrained:
 
     A subclass has `config_class`; `marker`, the name of a weight that only its files have; and the static
     method `config_of(state, recorded, size)`: its config, given the recorded one (or None) and a size's name
-    (or None).
+    (or None). `usual_files` are the names that go first in a folder.
     """
+
+    usual_files = USUAL
 
     @classmethod
     def load(cls, name, size=None):
@@ -277,7 +280,7 @@ class Pretrained:
         Raises:
             ValueError: damaged, weights of another model or size, or not finite. OSError: not there.
         """
-        path = find(name)
+        path = find(name, usual=cls.usual_files)
         state, info = read_weights(path, cls)
         return cls.build(state, info, size, path), info
 
@@ -286,7 +289,7 @@ class Pretrained:
         """A model in eval mode from a local folder or file, or from `owner/repo` on the hub at a branch, tag
         or commit. Raises as `load` does."""
         if not Path(name).exists():
-            name = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision)
+            name = find(f"hf://{str(name).removeprefix('hf://')}", revision=revision, usual=cls.usual_files)
         return cls.load(name)[0]
 
     @classmethod

@@ -175,7 +175,7 @@ def reading_rate(count=40):
             picture.save(file.name, quality=95)
             begin = time.process_time()
             for _ in range(count):
-                center_crop(read_image(file.name), size)
+                center_crop(read_image(Path(file.name)), size)
             return count / (time.process_time() - begin)
 
     return rate

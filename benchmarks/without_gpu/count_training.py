@@ -16,6 +16,7 @@ import torch
 
 import main_lpd
 from benchmarks.without_gpu import fake_cuda
+from engine.generate import default_steps
 from models.lpd import LPD, LPD_CONFIGS, Execution
 from models.masks import Mask
 from orders.schedule import cosine_group_sizes
@@ -58,7 +59,7 @@ def kept_bytes(model, batch):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cuda", torch.bfloat16):
-            model.loss(tokens, labels, order, cosine_group_sizes(L, 20 if L == 256 else 48))
+            model.loss(tokens, labels, order, cosine_group_sizes(L, default_steps(L)))
     sizes = [storage.nbytes() for storage in kept.values()]
     return sum(sizes), max(sizes)
 

@@ -130,7 +130,7 @@ def facts_of(args, pictures):
 def main(argv=None):
     args = parse_args(argv)
     with cli.checking():
-        cli.required(args, "output_dir", "pretrained_ckpt", "vqgan_path", "fid_stats", "classifier")
+        cli.required(args, "output_dir", "pretrained_ckpt", "fid_stats", "classifier")
         folder, world = cli.writable_folder("--output_dir", args.output_dir), distributed.init(args.device)
         pictures = Pictures(args, world.device)
         plans, facts = settings_of(args, pictures.model.config.grid_size), facts_of(args, pictures)

