@@ -14,7 +14,7 @@ from argparse import ArgumentTypeError
 import helpers
 import processes
 import pytest
-from processes import REPO, wait_for
+from processes import REPO, WAIT, wait_for
 from submitit.core.utils import DelayedSubmission
 
 from scripts.cli import job, run
@@ -362,8 +362,9 @@ def test_machines_come_from_a_job_step_unless_they_are_set(tmp_path):
     assert done.returncode == 2 and "16 tasks on 2 machines" in done.stderr
 
 
-def test_a_command_is_stopped_once_something_is_due():
-    obeys = "import os, signal, time; signal.signal(10, lambda *_: os._exit(7)); time.sleep(60)"
-    command = [sys.executable, "-S", "-c", obeys]
-    assert job.run_until(lambda: True, command, every=1) == (7, True)
+def test_a_command_is_stopped_once_something_is_due(tmp_path):
+    obeys = "import os, signal, sys, time; signal.signal(10, lambda *_: os._exit(7)); " \
+        f"open(sys.argv[1], 'w').close(); time.sleep({WAIT})"
+    command = [sys.executable, "-S", "-c", obeys, str(tmp_path / "ready")]
+    assert job.run_until((tmp_path / "ready").exists, command, every=0.05) == (7, True)
     assert job.run_until(lambda: False, ["sh", "-c", "exit 3"], every=0.01) == (3, False)
