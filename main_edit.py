@@ -10,7 +10,7 @@ import torch
 from engine import published
 from engine.decoding import edit_tokens
 from engine.fast import for_inference
-from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
+from engine.generate import OrderChoice, load_pair, resolve_settings
 from engine.sampling import Sampling
 from orders.lpd_order import random_orders
 from util import images, pictures
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     cli.add_seed_flag(parser)
     add("--bf16", action="store_true", help="bfloat16; without it float32")
     cli.add_device_flags(parser)
-    add_order_flags(parser, from_file=False)
+    cli.add_settings(parser, OrderChoice, "lpd_order_file")
     cli.add_settings(parser, Sampling)
     return published.parse(parser, argv)
 
@@ -81,7 +81,7 @@ def load(args, image):
     label = cli.find_class("--class", getattr(args, "class"), names)
     grid_size = model.config.grid_size
     pixels, cells = prepare(args, image, grid_size * tokenizer.config.stride, grid_size)
-    chosen = {name: getattr(args, name) for name in ORDER_FLAGS if name != "lpd_order_file"}
+    chosen = cli.chosen(OrderChoice, args)
     if args.generation_steps:
         chosen["generation_steps"] = min(args.generation_steps, int(cells[0].sum()))
     sampling = cli.settings_from(Sampling, args)

@@ -15,7 +15,7 @@ from engine import evaluate, published, report
 from engine.checkpoint import LAST
 from engine.data import EncodedImages, token_source
 from engine.fast import FastGenerator, compiled_lpd, for_inference
-from engine.generate import ORDER_FLAGS, add_order_flags, load_pair, resolve_settings
+from engine.generate import OrderChoice, load_pair, resolve_settings
 from engine.loop import LossNotFinite, RunSettings
 from engine.measure import MetricSpec
 from engine.metrics import MetricSettings
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     cli.add_settings(evaluation, MetricSettings)
     add("--save_images", metavar="DIR", type=Path, help="save the images as PNGs")
     add("--save_npz", metavar="FILE", type=Path, help="save the images as ADM does: arr_0 and labels")
-    add_order_flags(parser)
+    cli.add_settings(parser, OrderChoice)
     cli.add_settings(parser, Sampling)
     return published.parse(parser, argv)
 
@@ -100,7 +100,7 @@ def check_flags(args):
 def generation_settings(args, grid_size, num_images):
     return resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=num_images,
-        **{name: getattr(args, name) for name in ORDER_FLAGS},
+        **cli.chosen(OrderChoice, args),
     )
 
 

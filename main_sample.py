@@ -15,7 +15,7 @@ from tqdm import tqdm
 from engine import published
 from engine.decoding import generate_tokens
 from engine.fast import FastGenerator, for_inference
-from engine.generate import ORDER_FLAGS, add_order_flags, generate_images, load_pair, resolve_settings
+from engine.generate import OrderChoice, generate_images, load_pair, resolve_settings
 from engine.sampling import Sampling
 from models.weights import ORDER_SUFFIXES, find
 from orders.plot import steps_of_cells
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--bf16", action="store_true", help="bfloat16; without it float32")
     add("--compile", action="store_true", help="generate by the fast path")
     cli.add_device_flags(parser)
-    add_order_flags(parser)
+    cli.add_settings(parser, OrderChoice)
     cli.add_settings(parser, Sampling)
     return published.parse(parser, argv)
 
@@ -57,7 +57,7 @@ def load(args):
     grid_size = model.config.grid_size
     settings = resolve_settings(
         grid_size, sampling=cli.settings_from(Sampling, args), seed=args.seed, num_images=len(labels),
-        **{name: getattr(args, name) for name in ORDER_FLAGS},
+        **cli.chosen(OrderChoice, args),
     )
     variants = [settings]
     if args.compare_steps:

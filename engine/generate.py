@@ -15,6 +15,7 @@ from orders.order_file import load_orders
 from orders.policies import POLICIES
 from orders.schedule import check_group_sizes, cosine_group_sizes
 from util import cli
+from util.cli import setting
 from util.images import to_uint8
 
 ORDERS = *ORDER_KINDS, *POLICIES
@@ -81,51 +82,44 @@ def default_repulsion(grid_size):
     return max(1.0, grid_size / 8)
 
 
-ORDER_FLAGS = (
-    "generation_steps", "group_sizes", "order", "lpd_order_file", "proximity_threshold",
-    "repulsion_threshold",
-)
+@dataclass(frozen=True)
+class OrderChoice:
+    """The schedule of group sizes and the order that a user asks for; None is the default for the grid."""
+
+    generation_steps: int | None = setting(None, "default: 20 for 256 tokens", kind=int, least=1)
+    group_sizes: tuple | None = setting(None, "tokens of each step", kind=tuple, action=cli.GroupSizes)
+    order: str = setting("lpd", "if no file is given", choices=ORDERS)
+    lpd_order_file: str | None = setting(
+        None, "precomputed, .npy or .json, or hf://", kind=str, metavar="FILE"
+    )
+    proximity_threshold: float = setting(1.0, "least score of a near cell", least=0)
+    repulsion_threshold: float | None = setting(
+        None, "least spacing; default: 2 on 16x16", kind=float, least=0
+    )
 
 
-def add_order_flags(parser, *, from_file=True):
-    """ORDER_FLAGS: the schedule of group sizes and the generation order."""
-    add = parser.add_argument
-    add("--generation_steps", type=cli.number(int, 1), help="decoding steps; default: 20 for 256 tokens")
-    add("--group_sizes", action=cli.GroupSizes, nargs="+", help="tokens of each step")
-    add("--order", default="lpd", choices=ORDERS, help="if no file is given")
-    if from_file:
-        add("--lpd_order_file", metavar="FILE", help="precomputed, .npy or .json, or hf://")
-    add("--proximity_threshold", type=cli.number(float, 0), default=1.0, help="least score of a near cell")
-    add("--repulsion_threshold", type=cli.number(float, 0), help="least spacing; default: 2 on 16x16")
-
-
-def resolve_settings(
-    grid_size, *, sampling=Sampling(), seed=0, num_images=1, known=None,
-    generation_steps=None, group_sizes=None, order="lpd", lpd_order_file=None, proximity_threshold=1.0,
-    repulsion_threshold=None,
-):
-    """`GenerationSettings` from what a user gave; None takes the default for the grid.
+def resolve_settings(grid_size, *, sampling=Sampling(), seed=0, num_images=1, known=None, **chosen):
+    """`GenerationSettings` of a grid; `chosen` are fields of `OrderChoice`.
 
     Raises ValueError for group sizes that do not fit the cells to generate, and for an order file that does
     not fit, has fewer than `num_images` orders, or comes together with `known` cells.
     """
-    num_tokens = grid_size**2
+    choice = OrderChoice(**chosen)
+    path, sizes, steps = choice.lpd_order_file, choice.group_sizes, choice.generation_steps
+    repulsion, num_tokens = choice.repulsion_threshold, grid_size**2
     if known is not None:
-        if lpd_order_file:
+        if path:
             raise ValueError("--lpd_order_file: orders of whole images are not for editing")
         num_tokens -= int(known[0].sum())
-    if group_sizes is None:
-        group_sizes = cosine_group_sizes(num_tokens, generation_steps or default_steps(num_tokens))
-    elif generation_steps not in (None, len(group_sizes)):
-        raise ValueError(
-            f"--group_sizes has {len(group_sizes)} steps, --generation_steps is {generation_steps}"
-        )
-    if repulsion_threshold is None:
-        repulsion_threshold = default_repulsion(grid_size)
+    if sizes is None:
+        sizes = cosine_group_sizes(num_tokens, steps or default_steps(num_tokens))
+    elif steps not in (None, len(sizes)):
+        raise ValueError(f"--group_sizes has {len(sizes)} steps, --generation_steps is {steps}")
     return GenerationSettings(
-        grid_size=grid_size, group_sizes=check_group_sizes(group_sizes, num_tokens), order=order,
-        file_orders=load_orders(lpd_order_file, num_tokens, num_images) if lpd_order_file else None,
-        known=known, proximity_threshold=proximity_threshold, repulsion_threshold=repulsion_threshold,
+        grid_size=grid_size, group_sizes=check_group_sizes(sizes, num_tokens), order=choice.order,
+        file_orders=load_orders(path, num_tokens, num_images) if path else None, known=known,
+        proximity_threshold=choice.proximity_threshold,
+        repulsion_threshold=default_repulsion(grid_size) if repulsion is None else repulsion,
         sampling=sampling, seed=seed,
     )
 

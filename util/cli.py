@@ -118,15 +118,16 @@ def _flag_fields(Settings):
     return [field for field in dataclasses.fields(Settings) if "flag" in field.metadata]
 
 
-def add_settings(parser, Settings):
-    """One flag for each field of a dataclass that was made with `setting`."""
+def add_settings(parser, Settings, *without):
+    """One flag for each field of a dataclass that was made with `setting`, but those named in `without`."""
     for field in _flag_fields(Settings):
-        parser.add_argument(f"--{field.name}", **field.metadata["flag"])
+        if field.name not in without:
+            parser.add_argument(f"--{field.name}", **field.metadata["flag"])
 
 
 def chosen(Settings, args):
     """The fields of a dataclass that are flags of `add_settings`, as a dict."""
-    return {field.name: getattr(args, field.name) for field in _flag_fields(Settings)}
+    return {field.name: getattr(args, field.name) for field in _flag_fields(Settings) if field.name in args}
 
 
 def settings_from(Settings, args, **given):

@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 
-from engine.generate import add_order_flags
+from engine.generate import OrderChoice
 from util import cli
 from util.device import COPIES, choose_device
 from util.distributed import STOP_SIGNALS, Stopped, StopRequest
@@ -288,7 +288,7 @@ PUBLISHED_WAYS = {
 @pytest.mark.parametrize("text", PUBLISHED_WAYS)
 def test_group_sizes_may_be_written_as_published_scripts_do(text):
     parser = cli.Parser()
-    add_order_flags(parser)
+    cli.add_settings(parser, OrderChoice)
     assert parser.parse_args(["--group_sizes", text]).group_sizes == PUBLISHED_WAYS[text]
     assert parser.parse_args(["--group_sizes", "1", "3"]).group_sizes == [1, 3]
 
@@ -296,7 +296,7 @@ def test_group_sizes_may_be_written_as_published_scripts_do(text):
 @pytest.mark.parametrize("text", ["[1", "1; 2", "[1]*x", "__import__('os')", "[1]**9"])
 def test_group_sizes_are_parsed_and_never_evaluated(text):
     parser = cli.Parser()
-    add_order_flags(parser)
+    cli.add_settings(parser, OrderChoice)
     with pytest.raises(cli.UsageError, match="--group_sizes: .* is not a list of numbers"):
         parser.parse_args(["--group_sizes", text])
 
