@@ -17,8 +17,8 @@ import numpy as np
 
 from engine import published
 from models.weights import find
-from scripts import plan
 from scripts.cli.job import run_until
+from scripts.plan import OVERHEAD, Plan, measure
 from util import folders
 from util.device import choose_device, is_cuda
 from util.distributed import say
@@ -108,7 +108,7 @@ def new_recipe(args, folder, device):
     lpd["lr_schedule"] = "cosine"
     recipe = {"made_for": made_for(args, folder), "tokenizer": tokenizer, "lpd": lpd, "rates": {}}
     for name in stages(recipe):
-        plan.measure(recipe, name, device)
+        measure(recipe, name, device)
     return recipe
 
 
@@ -117,15 +117,16 @@ def stages(recipe):
     return [name for name in PROGRAMS if recipe[name]]
 
 
-def say_what_to_expect(args, recipe):
+def say_what_to_expect(plan):
     """Minutes, steps and rates of the plan, what pictures its tokenizer gave elsewhere, and whether these
     will be poor."""
-    n, planned, enough = recipe["made_for"]["images"], {}, 0.0
+    recipe, planned, enough = plan.recipe, {}, 0.0
+    n = recipe["made_for"]["images"]
     for name in stages(recipe):
         rate, batch = recipe["rates"][name], recipe[name]["batch_size"]
-        epochs = plan.fitting(args, recipe, name)
-        planned[name], minutes = epochs * n / batch, plan.budget(args, recipe, name) / 60
-        enough += plan.OVERHEAD * POOR[name] * batch / rate / 60
+        epochs, minutes = plan.epochs(name), plan.budget(name) / 60
+        planned[name] = epochs * n / batch
+        enough += OVERHEAD * POOR[name] * batch / rate / 60
         how = f"{rate:.1f} a second in {'bfloat16' if recipe[name]['bf16'] else 'float32'}"
         steps = f"{planned[name]:,.0f} steps, {epochs:g} epochs of {n:,} images"
         print(f"{name}: about {minutes:.0f} minutes, {steps}, {how}")
@@ -187,15 +188,15 @@ def run(args, recipe, program, until=lambda: False):
         sys.exit(status)
 
 
-def run_training(args, recipe, name, device):
+def run_training(args, plan, name, device):
     """Train; whenever the rate in its log has room for clearly more epochs, go on with these."""
-    if name == "lpd" and "epochs" not in recipe[name] and not args.dry_run:
-        plan.measure(recipe, name, device)  # the machine may be less busy than it was
+    if name == "lpd" and "epochs" not in plan.recipe[name] and not args.dry_run:
+        measure(plan.recipe, name, device)  # the machine may be less busy than it was
     more = True
     while more:
-        plan.update(args, recipe, name)
-        run(args, recipe, PROGRAMS[name], lambda: plan.room(args, recipe, name))
-        more = not args.dry_run and plan.room(args, recipe, name)
+        plan.update(name)
+        run(args, plan.recipe, PROGRAMS[name], lambda: plan.room(name))
+        more = not args.dry_run and plan.room(name)
 
 
 def print_results(args, recipe):
@@ -226,11 +227,12 @@ def main(argv=None):
         say(folders.summary(args.data, folder.class_names, folder, held_out, folder.left_out))
         recipe = read_json(kept) if kept.exists() else new_recipe(args, folder, device)
         refuse_changes(kept, recipe.get("made_for"), made_for(args, folder), "give another OUTPUT")
-    say_what_to_expect(args, recipe)
+    plan = Plan(recipe, kept.parent, 60 * args.minutes)
+    say_what_to_expect(plan)
     if recipe["tokenizer"] and not Path(args.output, "cache").exists():
-        run_training(args, recipe, "tokenizer", device)
+        run_training(args, plan, "tokenizer", device)
     run(args, recipe, "main_cache.py")
-    run_training(args, recipe, "lpd", device)
+    run_training(args, plan, "lpd", device)
     run(args, recipe, "main_sample.py")
     if not args.dry_run:
         print_results(args, recipe)

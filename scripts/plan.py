@@ -4,7 +4,7 @@ a second.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,55 +92,58 @@ def measure(recipe, name, device):
 # How many epochs fit.
 
 
-def history(args, recipe, name):
-    """Images that a training took so far and seconds that these took, by its logs; its images a second of the
-    last minute, or as measured before it."""
-    folder, batch = Path(args.output, name), recipe[name]["batch_size"]
-    if not (folder / "metrics.jsonl").exists():
-        return 0, 0.0, recipe["rates"][name]
-    lines = [line for line in read_metrics(folder) if line.get("images_per_s")]
-    images = np.diff([0, *(line["step"] * batch for line in lines)])
-    took = images / [line["images_per_s"] for line in lines]
-    recent = took[::-1].cumsum()[::-1] <= max(60, took[-1:].sum())
-    starts = len((folder / "runs.jsonl").read_text().splitlines())
-    rate = images[recent].sum() / took[recent].sum() if len(lines) else recipe["rates"][name]
-    return images.sum(), OVERHEAD * took.sum() + START * starts, rate
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, the folder that its trainings write to, and the seconds that they have in all."""
 
+    recipe: dict
+    output: Path
+    seconds: float
 
-def budget(args, recipe, name):
-    """Seconds for a training: the tokenizer gets what it needs first, LPD what is left."""
-    total, tokenizer = 60 * args.minutes, recipe["tokenizer"]
-    if not tokenizer:
-        return total
-    _, spent, rate = history(args, recipe, "tokenizer")
-    needed = OVERHEAD * NEEDED * tokenizer["batch_size"] / rate
-    share = min(SHARE[1], max(SHARE[0], needed / total)) * total
-    if name == "tokenizer":
-        return share
-    return total - (spent if Path(args.output, "cache").exists() else max(spent, share))
+    def history(self, name):
+        """Images that a training took so far and seconds that these took, by its logs; its images a second of
+        the last minute, or as measured before it."""
+        folder, measured = self.output / name, self.recipe["rates"][name]
+        if not (folder / "metrics.jsonl").exists():
+            return 0, 0.0, measured
+        lines = [line for line in read_metrics(folder) if line.get("images_per_s")]
+        images = np.diff([0, *(line["step"] * self.recipe[name]["batch_size"] for line in lines)])
+        took = images / [line["images_per_s"] for line in lines]
+        recent = took[::-1].cumsum()[::-1] <= max(60, took[-1:].sum())
+        starts = len((folder / "runs.jsonl").read_text().splitlines())
+        rate = images[recent].sum() / took[recent].sum() if len(lines) else measured
+        return images.sum(), OVERHEAD * took.sum() + START * starts, rate
 
+    def budget(self, name):
+        """Seconds for a training: the tokenizer gets what it needs first, LPD what is left."""
+        tokenizer = self.recipe["tokenizer"]
+        if not tokenizer:
+            return self.seconds
+        _, spent, rate = self.history("tokenizer")
+        needed = OVERHEAD * NEEDED * tokenizer["batch_size"] / rate
+        share = min(SHARE[1] * self.seconds, max(SHARE[0] * self.seconds, needed))
+        if name == "tokenizer":
+            return share
+        return self.seconds - (spent if (self.output / "cache").exists() else max(spent, share))
 
-def fitting(args, recipe, name):
-    """Epochs of a training, those done included, that end when its time does; at least a step."""
-    images, spent, rate = history(args, recipe, name)
-    n, most = recipe["made_for"]["images"], MOST_EPOCHS[name]
-    left = max(0, budget(args, recipe, name) - spent)
-    epochs = max(recipe[name]["batch_size"], images + left * rate / OVERHEAD) / n
-    return min(most, float(f"{epochs:.2g}"))
+    def epochs(self, name):
+        """Epochs of a training, those done included, that end when its time does; at least a step."""
+        images, spent, rate = self.history(name)
+        left = max(0, self.budget(name) - spent)
+        fitting = max(self.recipe[name]["batch_size"], images + left * rate / OVERHEAD)
+        return min(MOST_EPOCHS[name], float(f"{fitting / self.recipe['made_for']['images']:.2g}"))
 
+    def room(self, name):
+        """Whether clearly more epochs of a training fit than are planned, by its log; False without one."""
+        images, _, _ = self.history(name)
+        return images > 0 and self.epochs(name) >= GROWN * self.recipe[name]["epochs"]
 
-def room(args, recipe, name):
-    """Whether clearly more epochs of a training fit than are planned, by its log; False without one."""
-    images, _, _ = history(args, recipe, name)
-    return images > 0 and fitting(args, recipe, name) >= GROWN * recipe[name]["epochs"]
-
-
-def update(args, recipe, name):
-    """Set a training's epochs: to FIRST of those that fit, and later to more if there is room."""
-    epochs, n, flags = fitting(args, recipe, name), recipe["made_for"]["images"], recipe[name]
-    if "epochs" not in flags:
-        flags["epochs"] = max(FIRST * epochs, flags["batch_size"] / n)
-    elif room(args, recipe, name):
-        flags["epochs"] = epochs
-    if name == "lpd":
-        flags |= {"warmup_epochs": flags["epochs"] / 20, "sample_freq": flags["epochs"] / 4}
+    def update(self, name):
+        """Set a training's epochs: to FIRST of those that fit, and later to more if there is room."""
+        flags, fitting = self.recipe[name], self.epochs(name)
+        if "epochs" not in flags:
+            flags["epochs"] = max(FIRST * fitting, flags["batch_size"] / self.recipe["made_for"]["images"])
+        elif self.room(name):
+            flags["epochs"] = fitting
+        if name == "lpd":
+            flags |= {"warmup_epochs": flags["epochs"] / 20, "sample_freq": flags["epochs"] / 4}

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -46,15 +47,13 @@ def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
     assert "busy processors, 50% for this" in out and not (tmp_path / "out").exists()
 
 
-def recipe_for(minutes, images=1808):
-    """Flags of a run in the folder `out`, and a recipe whose steps take half a second."""
-    args = own_images.parse_args(["data", "out", "--minutes", str(minutes)])
-    tokenizer, lpd = own_images.choose(args, images, CPU)
+def plan_for(minutes, output="out", images=1808):
+    """The plan of a recipe whose steps take half a second."""
+    tokenizer, lpd = own_images.choose(own_images.parse_args(["data"]), images, CPU)
     tokenizer["bf16"] = lpd["bf16"] = False
-    return args, {
-        "made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd,
-        "rates": {"tokenizer": 16.0, "lpd": 64.0},
-    }
+    rates = {"tokenizer": 16.0, "lpd": 64.0}
+    recipe = {"made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd, "rates": rates}
+    return plan.Plan(recipe, Path(output), 60.0 * minutes)
 
 
 def trained(folder, step, images_per_s, starts=1):
@@ -76,48 +75,44 @@ def test_size_of_the_model_follows_images_and_device():
 
 
 def test_tokenizer_has_what_it_needs_first_and_a_third_of_much_time():
-    shares = [plan.budget(*recipe_for(m), "tokenizer") / 60 / m for m in (5, 35, 60)]
+    shares = [plan_for(m).budget("tokenizer") / 60 / m for m in (5, 35, 60)]
     assert shares[0] == 0.6 and 0.35 < shares[1] < 0.6 and shares[2] == 0.35
-    epochs = [plan.fitting(*recipe_for(m), "lpd") for m in (5, 60, 10**6)]
+    epochs = [plan_for(m).epochs("lpd") for m in (5, 60, 10**6)]
     assert epochs[0] < epochs[1] < epochs[2] == 300
 
 
 def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
-    own_images.say_what_to_expect(*recipe_for(3))
+    own_images.say_what_to_expect(plan_for(3))
     out = capsys.readouterr().out
     assert "poor below 800 steps of the tokenizer and 1,000 steps of the lpd: give --minutes " in out
-    own_images.say_what_to_expect(*recipe_for(int(out.split("--minutes ")[1]) + 3))
+    own_images.say_what_to_expect(plan_for(int(out.split("--minutes ")[1]) + 3))
     out = capsys.readouterr().out
     assert "warning" not in out and "dB on held-out images" in out
 
 
-def test_plan_grows_with_the_rate_in_the_log(tmp_path, monkeypatch):
+def test_plan_grows_with_the_rate_in_the_log(tmp_path):
     """It begins with half of what seems to fit; a machine that becomes free gets more epochs."""
-    monkeypatch.chdir(tmp_path)
-    args, recipe = recipe_for(10)
-    fits = plan.fitting(args, recipe, "tokenizer")
-    plan.update(args, recipe, "tokenizer")
-    assert recipe["tokenizer"]["epochs"] == fits / 2 and not plan.room(args, recipe, "tokenizer")
-    trained("out/tokenizer", step=100, images_per_s=40)
-    assert plan.room(args, recipe, "tokenizer")
-    plan.update(args, recipe, "tokenizer")
-    assert recipe["tokenizer"]["epochs"] > 2 * fits and not plan.room(args, recipe, "tokenizer")
-    trained("out/tokenizer", step=100, images_per_s=8)  # planned epochs are never fewer
-    planned = recipe["tokenizer"]["epochs"]
-    plan.update(args, recipe, "tokenizer")
-    assert recipe["tokenizer"]["epochs"] == planned
+    made = plan_for(10, tmp_path)
+    fits, flags = made.epochs("tokenizer"), made.recipe["tokenizer"]
+    made.update("tokenizer")
+    assert flags["epochs"] == fits / 2 and not made.room("tokenizer")
+    trained(tmp_path / "tokenizer", step=100, images_per_s=40)
+    assert made.room("tokenizer")
+    made.update("tokenizer")
+    assert flags["epochs"] > 2 * fits and not made.room("tokenizer")
+    trained(tmp_path / "tokenizer", step=100, images_per_s=8)  # planned epochs are never fewer
+    planned = flags["epochs"]
+    made.update("tokenizer")
+    assert flags["epochs"] == planned
 
 
-def test_more_minutes_continue_a_finished_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args, recipe = recipe_for(14)
-    recipe["tokenizer"]["epochs"], recipe["lpd"]["epochs"] = 4, 12
-    trained("out/tokenizer", 900, images_per_s=16)
-    trained("out/lpd", step=678, images_per_s=80)
-    (tmp_path / "out/cache").mkdir()
-    assert not plan.room(args, recipe, "lpd")
-    args.minutes = 20
-    assert plan.room(args, recipe, "lpd")
+def test_more_minutes_continue_a_finished_run(tmp_path):
+    made = plan_for(14, tmp_path)
+    made.recipe["tokenizer"]["epochs"], made.recipe["lpd"]["epochs"] = 4, 12
+    trained(tmp_path / "tokenizer", 900, images_per_s=16)
+    trained(tmp_path / "lpd", step=678, images_per_s=80)
+    (tmp_path / "cache").mkdir()
+    assert not made.room("lpd") and replace(made, seconds=20 * 60).room("lpd")
 
 
 def test_precision_is_the_one_of_less_processor_time(monkeypatch):
