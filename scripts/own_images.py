@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from engine import published
+from engine.train_tokenizer import evaluate_tokenizer
+from models.vqgan import VQModel
 from models.weights import find
 from scripts.cli.job import run_until
 from scripts.plan import OVERHEAD, Plan, measure
@@ -29,8 +31,9 @@ from util.token_cache import names_digest
 REPO = Path(__file__).resolve().parents[1]
 PROGRAMS = {"tokenizer": "main_tokenizer.py", "lpd": "main_lpd.py"}
 FEW_IMAGES = 5000  # below: smaller steps, and a model that memorises less
-DECIBELS = {200: 13.5, 300: 16.8, 860: 19.2, 1360: 20.7, 1810: 21.3, 3260: 22.2}  # by steps: PSNR of emoji
-POOR = {"tokenizer": 800, "lpd": 1000}  # steps; fewer give less than 19 dB, and textures instead of things
+COLOUR = str(REPO / "assets/colour/tokenizer.safetensors")  # 8 pixels a token, of images of any size
+POOR = {"tokenizer": 800, "lpd": 1000}  # steps from nothing; fewer give blots, and textures instead of things
+LOOK_AT = 128  # held-out images, of which it is said how well the shipped tokenizer knows them
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 
 
@@ -64,13 +67,14 @@ def choose(args, num_images, device):
     if size and size % 8:
         raise ValueError(f"--img_size {size} is not a multiple of the 8 pixels of a token")
     model, rate = ("lpd_tiny", 1.5e-3) if few or not gpu else ("lpd_small", 7.5e-4)
-    tokenizer = {"vocab_size": 512 if few else 1024, "num_res_blocks": 1, "z_channels": 64, "lr": 1e-3}
     if gpu:
-        tokenizer |= {"img_size": size or 128, "base_width": 64, "multipliers": (1, 1, 2, 2), "groups": 32}
+        tokenizer = {
+            "img_size": size or 128, "vocab_size": 512 if few else 1024, "z_channels": 64, "base_width": 64,
+            "multipliers": (1, 1, 2, 2), "groups": 32, "num_res_blocks": 1, "batch_size": 8 if few else 64,
+        }
     else:
-        tokenizer |= {"img_size": size or 64, "base_width": 16, "multipliers": (1, 2, 4, 4), "groups": 4}
-    tokenizer["batch_size"] = 8 if few else 64  # in 90 seconds of a CPU 16.8 dB; of 16 images 14.4, of 4 15.0
-    return tokenizer, {"model": name or model, "batch_size": 32 if few else 64, "lr": rate}
+        tokenizer = {"img_size": size or 64, "pretrained_ckpt": COLOUR, "batch_size": 8}
+    return tokenizer | {"lr": 1e-3}, {"model": name or model, "batch_size": 32 if few else 64, "lr": rate}
 
 
 def start_from_published(name="lpd_l_256"):
@@ -118,25 +122,30 @@ def stages(recipe):
 
 
 def say_what_to_expect(plan):
-    """Minutes, steps and rates of the plan, what pictures its tokenizer gave elsewhere, and whether these
-    will be poor."""
-    recipe, planned, enough = plan.recipe, {}, 0.0
+    """Minutes, steps and rates of the plan, and whether its pictures will be poor."""
+    recipe, few, enough = plan.recipe, [], 0.0
     n = recipe["made_for"]["images"]
     for name in stages(recipe):
         rate, batch = recipe["rates"][name], recipe[name]["batch_size"]
         epochs, minutes = plan.epochs(name), plan.budget(name) / 60
-        planned[name] = epochs * n / batch
-        enough += OVERHEAD * POOR[name] * batch / rate / 60
+        planned = epochs * n / batch
+        least = planned if "pretrained_ckpt" in recipe[name] else POOR[name]
+        few += [f"{least:,} steps of the {name}"] * (planned < least)
+        enough += OVERHEAD * least * batch / rate / 60
         how = f"{rate:.1f} a second in {'bfloat16' if recipe[name]['bf16'] else 'float32'}"
-        steps = f"{planned[name]:,.0f} steps, {epochs:g} epochs of {n:,} images"
+        steps = f"{planned:,.0f} steps, {epochs:g} epochs of {n:,} images"
         print(f"{name}: about {minutes:.0f} minutes, {steps}, {how}")
-    if not recipe["tokenizer"]:
-        return
-    decibels = np.interp(np.log(planned["tokenizer"]), np.log([*DECIBELS]), [*DECIBELS.values()])
-    print(f"expected of the tokenizer: {decibels:.0f} dB on held-out images, measured on emoji of 64 pixels")
-    if few := [name for name, steps in planned.items() if steps < POOR[name]]:
-        least = " and ".join(f"{POOR[name]:,} steps of the {name}" for name in few)
-        print(f"warning: pictures are poor below {least}: give --minutes {math.ceil(enough / 5) * 5}")
+    if few:
+        minutes = math.ceil(enough / 5) * 5
+        print(f"warning: pictures are poor below {' and '.join(few)}: give --minutes {minutes}")
+
+
+def say_decibels(tokenizer, images, device):
+    """How well the tokenizer that is tuned knows an ImageSet before that."""
+    model, every = VQModel.load(tokenizer["pretrained_ckpt"])[0].to(device), -(-len(images) // LOOK_AT)
+    some = images.subset(np.arange(len(images)) % every == 0)
+    report, _ = evaluate_tokenizer(model, some, tokenizer["img_size"], device)
+    print(f"tokenizer: {report['psnr']:.1f} dB on {len(some)} of your images before it is tuned")
 
 
 # The four programs.
@@ -228,6 +237,8 @@ def main(argv=None):
         recipe = read_json(kept) if kept.exists() else new_recipe(args, folder, device)
         refuse_changes(kept, recipe.get("made_for"), made_for(args, folder), "give another OUTPUT")
     plan = Plan(recipe, kept.parent, 60 * args.minutes)
+    if "pretrained_ckpt" in recipe["tokenizer"]:
+        say_decibels(recipe["tokenizer"], held_out or folder, device)
     say_what_to_expect(plan)
     if recipe["tokenizer"] and not Path(args.output, "cache").exists():
         run_training(args, plan, "tokenizer", device)

@@ -12,13 +12,13 @@ import torch
 
 from engine import train, train_tokenizer
 from models.lpd import LPD_CONFIGS
-from models.vqgan import VQConfig
+from models.vqgan import VQConfig, VQModel
 from orders.schedule import training_steps
 from util.device import is_cuda, synchronize
 from util.distributed import World
 from util.logging import read_metrics
 
-SHARE, NEEDED = (0.35, 0.6), 1800  # the tokenizer's share of the time, least and most; steps it needs first
+SHARE, TUNING = 0.35, 300  # the tokenizer's share of the time, at most; steps that help a shipped one
 FIRST, GROWN = 0.5, 1.15  # of the epochs that fit, until a training shows its rate; more are worth a restart
 OVERHEAD, START = 1.1, 10  # of a run over its steps: data, validation, checkpoints; seconds until it trains
 MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more do not help
@@ -55,11 +55,17 @@ def faster(make_step, device, least=3.0):
     return bf16, wall / len(times[bf16]), min(1.0, own / wall / threads)
 
 
+def sizes(flags):
+    """The VQConfig that flags of main_tokenizer.py ask for."""
+    if "pretrained_ckpt" in flags:
+        return VQModel.load(flags["pretrained_ckpt"])[0].config
+    return VQConfig(**{name: flags[name] for name in TOKENIZER_SIZES})
+
+
 def tokenizer_step(recipe, bf16, device):
     """A function that takes a training step of the tokenizer on random pixels."""
     flags = recipe["tokenizer"]
-    size, batch = flags["img_size"], flags["batch_size"]
-    model = VQConfig(**{name: flags[name] for name in TOKENIZER_SIZES})
+    model, size, batch = sizes(flags), flags["img_size"], flags["batch_size"]
     config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, warmup_steps=0)
     state = train_tokenizer.new_state(config, device)
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
@@ -68,12 +74,11 @@ def tokenizer_step(recipe, bf16, device):
 
 def lpd_step(recipe, bf16, device):
     """A function that takes a training step of LPD on random tokens."""
-    flags, tokenizer = recipe["lpd"], recipe["tokenizer"]
-    grid, codes = flags.get("img_size", 0) // 16, 16384  # of published weights
-    if tokenizer:
-        grid, codes = tokenizer["img_size"] // 8, tokenizer["vocab_size"]
-    batch, kept = flags["batch_size"], {"grid_size": grid, "vocab_size": codes, "num_classes": 1}
-    model = replace(LPD_CONFIGS[flags["model"]], **kept)
+    flags, batch = recipe["lpd"], recipe["lpd"]["batch_size"]
+    tokenizer = recipe["tokenizer"] or {"pretrained_ckpt": flags["vqgan_path"], "img_size": flags["img_size"]}
+    vq = sizes(tokenizer)
+    grid, codes = tokenizer["img_size"] // vq.stride, vq.vocab_size
+    model = replace(LPD_CONFIGS[flags["model"]], grid_size=grid, vocab_size=codes, num_classes=1)
     config = train.TrainConfig(model, batch, training_steps(grid**2), global_batch=batch, bf16=bf16)
     state, world = train.new_state(config, device), World(0, 1, device)
     tokens, labels = torch.randint(codes, (batch, grid**2)), torch.zeros(batch, dtype=torch.long)
@@ -115,13 +120,13 @@ class Plan:
         return images.sum(), OVERHEAD * took.sum() + START * starts, rate
 
     def budget(self, name):
-        """Seconds for a training: the tokenizer gets what it needs first, LPD what is left."""
-        tokenizer = self.recipe["tokenizer"]
+        """Seconds for a training: the tokenizer has a share, or what tuning needs, and LPD what is left."""
+        tokenizer, share = self.recipe["tokenizer"], SHARE * self.seconds
         if not tokenizer:
             return self.seconds
         _, spent, rate = self.history("tokenizer")
-        needed = OVERHEAD * NEEDED * tokenizer["batch_size"] / rate
-        share = min(SHARE[1] * self.seconds, max(SHARE[0] * self.seconds, needed))
+        if "pretrained_ckpt" in tokenizer:
+            share = min(share, OVERHEAD * TUNING * tokenizer["batch_size"] / rate)
         if name == "tokenizer":
             return share
         return self.seconds - (spent if (self.output / "cache").exists() else max(spent, share))
