@@ -1,10 +1,11 @@
 """From a folder of images to samples: a tokenizer, a token cache and an LPD model that fit the images, the
-device and the time, made by the four programs, whose commands are printed.
+device and the time, made by the four programs, whose commands are printed. The tokenizer of assets/colour is
+tuned for a while; on a GPU, published weights are the start if they can be had.
 
     bash scripts/own_images.sh DATA [OUTPUT] [--minutes 30]
 
 DATA has CLASS/IMAGE, or train/ and val/ with such folders. What was chosen is kept in OUTPUT/recipe.json; the
-same command again resumes, and one with more minutes goes on. On a GPU the published weights are the start.
+same command again resumes, and one with more minutes goes on.
 """
 
 from util import cli  # isort: skip
@@ -16,11 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from engine import published
-from engine.train_tokenizer import evaluate_tokenizer
-from models.vqgan import VQModel
 from models.weights import find
 from scripts.cli.job import run_until
-from scripts.plan import OVERHEAD, Plan, measure
+from scripts.plan import OVERHEAD, Plan, measure, tuning_epochs
 from util import folders
 from util.device import choose_device, is_cuda
 from util.distributed import say
@@ -29,11 +28,10 @@ from util.logging import read_metrics
 from util.token_cache import names_digest
 
 REPO = Path(__file__).resolve().parents[1]
-PROGRAMS = {"tokenizer": "main_tokenizer.py", "lpd": "main_lpd.py"}
-FEW_IMAGES = 5000  # below: smaller steps, and a model that memorises less
 COLOUR = str(REPO / "assets/colour/tokenizer.safetensors")  # 8 pixels a token, of images of any size
-POOR = {"tokenizer": 800, "lpd": 1000}  # steps from nothing; fewer give blots, and textures instead of things
-LOOK_AT = 128  # held-out images, of which it is said how well the shipped tokenizer knows them
+TUNING = 300  # steps of the tokenizer on a CPU
+DECIBELS = {0: 19.8, 300: 20.6, 900: 21.3}  # by such steps: PSNR of held-out emoji
+POOR = 1000  # steps of LPD from nothing; fewer give textures instead of things
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 
 
@@ -63,18 +61,13 @@ def choose(args, num_images, device):
         if args.img_size not in (None, published.PUBLISHED[name].img_size):
             raise ValueError(f"--img_size {args.img_size} is not that of {name}")
         return {}, published_flags(name)
-    few, gpu, size = num_images < FEW_IMAGES, is_cuda(device), args.img_size
+    few, gpu, size = num_images < 5000, is_cuda(device), args.img_size
     if size and size % 8:
         raise ValueError(f"--img_size {size} is not a multiple of the 8 pixels of a token")
     model, rate = ("lpd_tiny", 1.5e-3) if few or not gpu else ("lpd_small", 7.5e-4)
-    if gpu:
-        tokenizer = {
-            "img_size": size or 128, "vocab_size": 512 if few else 1024, "z_channels": 64, "base_width": 64,
-            "multipliers": (1, 1, 2, 2), "groups": 32, "num_res_blocks": 1, "batch_size": 8 if few else 64,
-        }
-    else:
-        tokenizer = {"img_size": size or 64, "pretrained_ckpt": COLOUR, "batch_size": 8}
-    return tokenizer | {"lr": 1e-3}, {"model": name or model, "batch_size": 32 if few else 64, "lr": rate}
+    shape = {"img_size": size or 128, "batch_size": 64} if gpu else {"img_size": size or 64, "batch_size": 8}
+    lpd = {"model": name or model, "batch_size": 32 if few else 64, "lr": rate}
+    return {"pretrained_ckpt": COLOUR, **shape, "lr": 1e-3}, lpd
 
 
 def start_from_published(name="lpd_l_256"):
@@ -84,7 +77,7 @@ def start_from_published(name="lpd_l_256"):
         for weights in (flags["pretrained_ckpt"], flags["vqgan_path"]):
             find(weights)
     except (OSError, ValueError) as error:
-        say(f"{name}: {error}; a tokenizer and a model are trained from nothing")
+        say(f"{name}: {error}; a model is trained from nothing")
         return None
     return name
 
@@ -107,45 +100,49 @@ def made_for(args, folder):
 def new_recipe(args, folder, device):
     """What is trained, with precisions and rates as measured now."""
     tokenizer, lpd = choose(args, len(folder), device)
-    for flags in filter(None, (tokenizer, lpd)):
-        flags |= {"no_mirror": args.no_mirror}
     lpd["lr_schedule"] = "cosine"
     recipe = {"made_for": made_for(args, folder), "tokenizer": tokenizer, "lpd": lpd, "rates": {}}
     for name in stages(recipe):
+        recipe[name]["no_mirror"] = args.no_mirror
         measure(recipe, name, device)
+    if tokenizer:
+        steps = 30 * TUNING if is_cuda(device) else TUNING
+        tokenizer["epochs"] = tuning_epochs(recipe, steps, 60 * args.minutes)
     return recipe
 
 
 def stages(recipe):
-    """The trainings of a recipe: those of PROGRAMS that have flags."""
-    return [name for name in PROGRAMS if recipe[name]]
+    """The trainings of a recipe: those that have flags."""
+    return [name for name in ("tokenizer", "lpd") if recipe[name]]
 
 
 def say_what_to_expect(plan):
-    """Minutes, steps and rates of the plan, and whether its pictures will be poor."""
-    recipe, few, enough = plan.recipe, [], 0.0
-    n = recipe["made_for"]["images"]
+    """Minutes, steps and rates of the plan, and what its tokenizer gave elsewhere."""
+    recipe, tuning = plan.recipe, plan.tuning()
+    n, seconds = recipe["made_for"]["images"], {"tokenizer": tuning, "lpd": plan.seconds - tuning}
     for name in stages(recipe):
-        rate, batch = recipe["rates"][name], recipe[name]["batch_size"]
-        epochs, minutes = plan.epochs(name), plan.budget(name) / 60
-        planned = epochs * n / batch
-        least = planned if "pretrained_ckpt" in recipe[name] else POOR[name]
-        few += [f"{least:,} steps of the {name}"] * (planned < least)
-        enough += OVERHEAD * least * batch / rate / 60
-        how = f"{rate:.1f} a second in {'bfloat16' if recipe[name]['bf16'] else 'float32'}"
-        steps = f"{planned:,.0f} steps, {epochs:g} epochs of {n:,} images"
-        print(f"{name}: about {minutes:.0f} minutes, {steps}, {how}")
-    if few:
-        minutes = math.ceil(enough / 5) * 5
-        print(f"warning: pictures are poor below {' and '.join(few)}: give --minutes {minutes}")
+        flags, rate = recipe[name], recipe["rates"][name]
+        epochs = plan.epochs() if name == "lpd" else flags["epochs"]
+        steps, how = epochs * n / flags["batch_size"], f"in {'bfloat16' if flags['bf16'] else 'float32'}"
+        planned = f"{steps:,.0f} steps, {epochs:g} epochs of {n:,} images, {rate:.1f} a second {how}"
+        print(f"{name}: about {seconds[name] / 60:.0f} minutes, {planned}")
+        if name == "tokenizer":
+            decibels = np.interp(steps, [*DECIBELS], [*DECIBELS.values()])
+            print(f"expected of it: {decibels:.1f} dB on held-out images, measured on emoji of 64 pixels")
 
 
-def say_decibels(tokenizer, images, device):
-    """How well the tokenizer that is tuned knows an ImageSet before that."""
-    model, every = VQModel.load(tokenizer["pretrained_ckpt"])[0].to(device), -(-len(images) // LOOK_AT)
-    some = images.subset(np.arange(len(images)) % every == 0)
-    report, _ = evaluate_tokenizer(model, some, tokenizer["img_size"], device)
-    print(f"tokenizer: {report['psnr']:.1f} dB on {len(some)} of your images before it is tuned")
+def warn_of_poor_pictures(plan, labels):
+    """Say so if a model from nothing has few steps, or few images, whose labels these are."""
+    flags, n, least = plan.recipe["lpd"], len(labels), np.bincount(labels).min()
+    if "pretrained_ckpt" in flags:
+        return
+    if plan.epochs() * n / flags["batch_size"] < POOR:
+        seconds = plan.tuning() + OVERHEAD * POOR * flags["batch_size"] / plan.recipe["rates"]["lpd"]
+        enough = 5 * math.ceil(seconds / 300)
+        print(f"warning: pictures are poor below {POOR:,} steps of LPD: give --minutes {enough}")
+    if n < 100 or least < 10:
+        print(f"warning: {n:,} images, {least} of the smallest class, are few: expect blots or copies;")
+        print("    recognisable new ones need a thousand images or more, a hundred of a class")
 
 
 # The four programs.
@@ -197,15 +194,15 @@ def run(args, recipe, program, until=lambda: False):
         sys.exit(status)
 
 
-def run_training(args, plan, name, device):
+def train_lpd(args, plan, device):
     """Train; whenever the rate in its log has room for clearly more epochs, go on with these."""
-    if name == "lpd" and "epochs" not in plan.recipe[name] and not args.dry_run:
-        measure(plan.recipe, name, device)  # the machine may be less busy than it was
+    if "epochs" not in plan.recipe["lpd"] and not args.dry_run:
+        measure(plan.recipe, "lpd", device)  # the machine may be less busy than it was
     more = True
     while more:
-        plan.update(name)
-        run(args, plan.recipe, PROGRAMS[name], lambda: plan.room(name))
-        more = not args.dry_run and plan.room(name)
+        plan.update()
+        run(args, plan.recipe, "main_lpd.py", plan.room)
+        more = not args.dry_run and plan.room()
 
 
 def print_results(args, recipe):
@@ -237,13 +234,12 @@ def main(argv=None):
         recipe = read_json(kept) if kept.exists() else new_recipe(args, folder, device)
         refuse_changes(kept, recipe.get("made_for"), made_for(args, folder), "give another OUTPUT")
     plan = Plan(recipe, kept.parent, 60 * args.minutes)
-    if "pretrained_ckpt" in recipe["tokenizer"]:
-        say_decibels(recipe["tokenizer"], held_out or folder, device)
     say_what_to_expect(plan)
+    warn_of_poor_pictures(plan, folder.labels)
     if recipe["tokenizer"] and not Path(args.output, "cache").exists():
-        run_training(args, plan, "tokenizer", device)
+        run(args, recipe, "main_tokenizer.py")
     run(args, recipe, "main_cache.py")
-    run_training(args, plan, "lpd", device)
+    train_lpd(args, plan, device)
     run(args, recipe, "main_sample.py")
     if not args.dry_run:
         print_results(args, recipe)

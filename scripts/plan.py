@@ -1,6 +1,5 @@
-"""How many epochs of a tokenizer and of LPD fit a time, for own_images.py: first by steps that are timed,
-then by the rate in the logs of the trainings. A recipe is a dict of training -> flags, and of `rates`, images
-a second.
+"""How many epochs of a tokenizer and of LPD fit a time, for own_images.py: by steps that are timed, then, of
+LPD, by the rate in its log. A recipe is a dict of training -> flags, and of `rates`, images a second.
 """
 
 import time
@@ -12,17 +11,16 @@ import torch
 
 from engine import train, train_tokenizer
 from models.lpd import LPD_CONFIGS
-from models.vqgan import VQConfig, VQModel
+from models.vqgan import VQModel
 from orders.schedule import training_steps
 from util.device import is_cuda, synchronize
 from util.distributed import World
 from util.logging import read_metrics
 
-SHARE, TUNING = 0.35, 300  # the tokenizer's share of the time, at most; steps that help a shipped one
+SHARE, TUNED = 0.35, 100  # of the time, and epochs: the most that a tokenizer is tuned for
 FIRST, GROWN = 0.5, 1.15  # of the epochs that fit, until a training shows its rate; more are worth a restart
 OVERHEAD, START = 1.1, 10  # of a run over its steps: data, validation, checkpoints; seconds until it trains
-MOST_EPOCHS = {"tokenizer": 100, "lpd": 300}  # more do not help
-TOKENIZER_SIZES = ("vocab_size", "base_width", "multipliers", "num_res_blocks", "z_channels", "groups")
+MOST_EPOCHS = 300  # of LPD; more do not help
 
 
 # How long a step takes here.
@@ -55,17 +53,11 @@ def faster(make_step, device, least=3.0):
     return bf16, wall / len(times[bf16]), min(1.0, own / wall / threads)
 
 
-def sizes(flags):
-    """The VQConfig that flags of main_tokenizer.py ask for."""
-    if "pretrained_ckpt" in flags:
-        return VQModel.load(flags["pretrained_ckpt"])[0].config
-    return VQConfig(**{name: flags[name] for name in TOKENIZER_SIZES})
-
-
 def tokenizer_step(recipe, bf16, device):
     """A function that takes a training step of the tokenizer on random pixels."""
     flags = recipe["tokenizer"]
-    model, size, batch = sizes(flags), flags["img_size"], flags["batch_size"]
+    size, batch = flags["img_size"], flags["batch_size"]
+    model = VQModel.load(flags["pretrained_ckpt"])[0].config
     config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, warmup_steps=0)
     state = train_tokenizer.new_state(config, device)
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
@@ -74,14 +66,13 @@ def tokenizer_step(recipe, bf16, device):
 
 def lpd_step(recipe, bf16, device):
     """A function that takes a training step of LPD on random tokens."""
-    flags, batch = recipe["lpd"], recipe["lpd"]["batch_size"]
-    tokenizer = recipe["tokenizer"] or {"pretrained_ckpt": flags["vqgan_path"], "img_size": flags["img_size"]}
-    vq = sizes(tokenizer)
-    grid, codes = tokenizer["img_size"] // vq.stride, vq.vocab_size
-    model = replace(LPD_CONFIGS[flags["model"]], grid_size=grid, vocab_size=codes, num_classes=1)
+    flags, tuned = recipe["lpd"], recipe["tokenizer"]
+    vq = VQModel.load(tuned["pretrained_ckpt"] if tuned else flags["vqgan_path"])[0].config
+    batch, grid = flags["batch_size"], (tuned or flags)["img_size"] // vq.stride
+    model = replace(LPD_CONFIGS[flags["model"]], grid_size=grid, vocab_size=vq.vocab_size, num_classes=1)
     config = train.TrainConfig(model, batch, training_steps(grid**2), global_batch=batch, bf16=bf16)
     state, world = train.new_state(config, device), World(0, 1, device)
-    tokens, labels = torch.randint(codes, (batch, grid**2)), torch.zeros(batch, dtype=torch.long)
+    tokens, labels = torch.randint(vq.vocab_size, (batch, grid**2)), torch.zeros(batch, dtype=torch.long)
     return lambda: train.train_step(state, state.model.loss, world, 1, iter([(tokens, labels)]))
 
 
@@ -95,6 +86,13 @@ def measure(recipe, name, device):
 
 
 # How many epochs fit.
+
+
+def tuning_epochs(recipe, steps, seconds):
+    """Epochs of the tokenizer in that many steps, or in the fewer that its share of all seconds allows."""
+    n, flags = recipe["made_for"]["images"], recipe["tokenizer"]
+    images = min(flags["batch_size"] * steps, SHARE * seconds * recipe["rates"]["tokenizer"] / OVERHEAD)
+    return min(TUNED, float(f"{max(flags['batch_size'], images) / n:.2g}"))
 
 
 @dataclass(frozen=True)
@@ -119,36 +117,30 @@ class Plan:
         rate = images[recent].sum() / took[recent].sum() if len(lines) else measured
         return images.sum(), OVERHEAD * took.sum() + START * starts, rate
 
-    def budget(self, name):
-        """Seconds for a training: the tokenizer has a share, or what tuning needs, and LPD what is left."""
-        tokenizer, share = self.recipe["tokenizer"], SHARE * self.seconds
-        if not tokenizer:
-            return self.seconds
-        _, spent, rate = self.history("tokenizer")
-        if "pretrained_ckpt" in tokenizer:
-            share = min(share, OVERHEAD * TUNING * tokenizer["batch_size"] / rate)
-        if name == "tokenizer":
-            return share
-        return self.seconds - (spent if (self.output / "cache").exists() else max(spent, share))
+    def tuning(self):
+        """Seconds that the tokenizer took, or is expected to take as long as it is not done."""
+        flags, rate = self.recipe["tokenizer"], self.recipe["rates"].get("tokenizer")
+        if flags and (self.output / "cache").exists():
+            return self.history("tokenizer")[1]
+        return OVERHEAD * flags["epochs"] * self.recipe["made_for"]["images"] / rate if flags else 0.0
 
-    def epochs(self, name):
-        """Epochs of a training, those done included, that end when its time does; at least a step."""
-        images, spent, rate = self.history(name)
-        left = max(0, self.budget(name) - spent)
-        fitting = max(self.recipe[name]["batch_size"], images + left * rate / OVERHEAD)
-        return min(MOST_EPOCHS[name], float(f"{fitting / self.recipe['made_for']['images']:.2g}"))
+    def epochs(self):
+        """Epochs of LPD, those done included, that end when the time does; at least a step."""
+        images, spent, rate = self.history("lpd")
+        left = max(0, self.seconds - self.tuning() - spent)
+        fitting = max(self.recipe["lpd"]["batch_size"], images + left * rate / OVERHEAD)
+        return min(MOST_EPOCHS, float(f"{fitting / self.recipe['made_for']['images']:.2g}"))
 
-    def room(self, name):
-        """Whether clearly more epochs of a training fit than are planned, by its log; False without one."""
-        images, _, _ = self.history(name)
-        return images > 0 and self.epochs(name) >= GROWN * self.recipe[name]["epochs"]
+    def room(self):
+        """Whether clearly more epochs of LPD fit than are planned, by its log; False without one."""
+        images, _, _ = self.history("lpd")
+        return images > 0 and self.epochs() >= GROWN * self.recipe["lpd"]["epochs"]
 
-    def update(self, name):
-        """Set a training's epochs: to FIRST of those that fit, and later to more if there is room."""
-        flags, fitting = self.recipe[name], self.epochs(name)
+    def update(self):
+        """Set the epochs of LPD: to FIRST of those that fit, and later to more if there is room."""
+        flags, fitting = self.recipe["lpd"], self.epochs()
         if "epochs" not in flags:
             flags["epochs"] = max(FIRST * fitting, flags["batch_size"] / self.recipe["made_for"]["images"])
-        elif self.room(name):
+        elif self.room():
             flags["epochs"] = fitting
-        if name == "lpd":
-            flags |= {"warmup_epochs": flags["epochs"] / 20, "sample_freq": flags["epochs"] / 4}
+        flags |= {"warmup_epochs": flags["epochs"] / 20, "sample_freq": flags["epochs"] / 4}

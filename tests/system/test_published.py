@@ -175,7 +175,7 @@ def test_own_images_tune_published_weights_where_these_are(published, tmp_path, 
     published.close()
     shutil.rmtree(tmp_path / "cache")
     assert own_images.choose(args, 100, gpu)[1]["model"] == "lpd_tiny"
-    assert "a tokenizer and a model are trained from nothing" in capsys.readouterr().out
+    assert "a model is trained from nothing" in capsys.readouterr().out
 
 
 def test_a_size_alone_changes_no_other_flag(capsys):
