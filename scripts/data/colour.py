@@ -2,7 +2,6 @@
 
 from util import cli  # isort: skip
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -12,19 +11,6 @@ SIZE, LARGEST = 64, 1600  # pixels of a crop, and of the picture that it is take
 HELD_OUT = 20  # one picture in so many, with all its crops
 Image.MAX_IMAGE_PIXELS = None  # drawings made for print, which are left out
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")  # the same emoji five times more
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Where pictures of a kind are; crops of each; the share that is the whole picture; the least side of the
-    others, as a share of the shorter side."""
-
-    places: tuple[str, ...]
-    crops: int
-    whole: float
-    least: float
-
-
 PHOTOS = (
     "lomiri*/usr/share/backgrounds/*.jpg", "ukui*/usr/share/backgrounds/*.*g", "stdlib*/**/image.jpg",
     "scikit_learn/sklearn/datasets/images/*.jpg",
@@ -36,10 +22,10 @@ DRAWINGS = tuple(f"openclipart-png/usr/share/openclipart/png/{subject}/**/*.png"
     "animals", "buildings", "electronics", "food", "geography", "office", "people", "plants", "recreation",
     "signs_and_symbols", "special", "tools", "transportation",
 ))
-KINDS = {
-    "photo": Kind(PHOTOS, crops=240, whole=0.05, least=0.05),
-    "drawing": Kind(DRAWINGS, crops=1, whole=0.6, least=0.4),
-    "emoji": Kind(("lobehub*/**/*.webp",), crops=3, whole=0.6, least=0.3),
+KINDS = {  # places; crops of a picture; their share that is all of it; the least side of others, as a share
+    "photo": (PHOTOS, 240, 0.05, 0.05),
+    "drawing": (DRAWINGS, 1, 0.6, 0.4),
+    "emoji": (("lobehub*/**/*.webp",), 3, 0.6, 0.3),
 }
 
 
@@ -49,12 +35,12 @@ def on_background(image, rng):
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
-def crop(image, kind, rng):
-    """A 64x64 picture: the whole in a square, or a square part of it."""
+def crop(image, whole, least, rng):
+    """A 64x64 picture: with probability `whole` all of an image in a square, or a square part of it."""
     shorter, side = sorted(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if rng.random() >= kind.whole:
-        side = round(shorter * min(1.0, max(SIZE / shorter, kind.least)) ** rng.random())
+    if rng.random() >= whole:
+        side = round(shorter * min(1.0, max(SIZE / shorter, least)) ** rng.random())
         left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
     part = image.crop((left, top, left + side, top + side))  # transparent outside
     return on_background(part.resize((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=2), rng)
@@ -62,6 +48,7 @@ def crop(image, kind, rng):
 
 def write_crops(name, paths, output):
     """Write `output`/train/<name>/*.png and `output`/val/<name>/*.png, the same for the same pictures."""
+    _, crops, whole, least = KINDS[name]
     for part in ("train", "val"):
         (output / part / name).mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(tqdm(paths, desc=name, unit="img", mininterval=1)):
@@ -71,8 +58,8 @@ def write_crops(name, paths, output):
                 continue
             image.thumbnail((LARGEST, LARGEST))
             image = image.convert("RGBA")
-        for k in range(KINDS[name].crops):
-            crop(image, KINDS[name], rng).save(output / part / name / f"{i:05d}_{k:03d}.png")
+        for k in range(crops):
+            crop(image, whole, least, rng).save(output / part / name / f"{i:05d}_{k:03d}.png")
 
 
 def main(argv=None):
@@ -80,8 +67,8 @@ def main(argv=None):
     parser.add_argument("sources", type=Path, metavar="SOURCES", help="what scripts/data/colour.sh fetched")
     parser.add_argument("output", type=Path, metavar="DIR", help="gets train/<kind>/*.png and val/...")
     args = parser.parse_args(argv)
-    for name, kind in KINDS.items():
-        paths = sorted(path for place in kind.places for path in args.sources.glob(place))
+    for name, (places, *_) in KINDS.items():
+        paths = sorted(path for place in places for path in args.sources.glob(place))
         if not paths:
             raise cli.Failure(f"{args.sources}: no {name}s; scripts/data/colour.sh fetches them")
         kept = [path for path in paths if not any(tone in path.stem for tone in SKIN_TONES)]
