@@ -61,7 +61,8 @@ def choose(args, num_images, device):
         if args.img_size not in (None, published.PUBLISHED[name].img_size):
             raise ValueError(f"--img_size {args.img_size} is not that of {name}")
         return {}, published_flags(name)
-    few, gpu, size = num_images < 5000, is_cuda(device), args.img_size
+    few = num_images < 5000  # smaller steps, and a model that memorises less
+    gpu, size = is_cuda(device), args.img_size
     if size and size % 8:
         raise ValueError(f"--img_size {size} is not a multiple of the 8 pixels of a token")
     model, rate = ("lpd_tiny", 1.5e-3) if few or not gpu else ("lpd_small", 7.5e-4)
