@@ -114,7 +114,7 @@ def save_curves(path, curves, *, xlabel, ylabel):
         axes.errorbar(*zip(*points, strict=True), label=name, linewidth=1, capsize=2)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if all(isinstance(x, int) for points in curves.values() for x, *_ in points):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic(path) as partial:
