@@ -6,10 +6,12 @@ import sys
 
 import pytest
 from helpers import call_main
+from matplotlib.figure import Figure
 from PIL import Image
 
 from scripts import sweep
 from scripts.sweep import best_row, plot, summarise, table
+from util.pictures import save_curves
 
 
 def result(fid, *, order="lpd", steps=8, cfg=3.0, seed=0, n=100):
@@ -69,6 +71,14 @@ def test_plot_over_guidance_leaves_out_the_final_evaluation(monkeypatch):
     results = [result(5.0, cfg=2.0), result(4.0, cfg=3.0), result(2.0, cfg=3.0, n=500)]
     curves, labels = plotted(monkeypatch, results)
     assert curves == {"lpd, steps 8": [(2, 5), (3, 4)]} and labels["xlabel"] == "guidance scale"
+
+
+def test_one_number_of_steps_has_one_tick(tmp_path, monkeypatch):
+    axes = Figure().subplots()
+    monkeypatch.setattr(Figure, "subplots", lambda figure: axes)
+    save_curves(tmp_path / "curves.png", {"lpd": [(8, 1.0)]}, xlabel="steps", ylabel="bits")
+    low, high = axes.get_xlim()
+    assert [x for x in axes.get_xticks() if low < x < high] == [8]
 
 
 # The whole program, with a stand-in for main_lpd.py whose distance falls with the guidance scale.
