@@ -49,7 +49,10 @@ LPD_CURVES = {"training images": "loss", "held-out images": "val_loss"}
 
 
 def plot_losses(output_dir, curves=LPD_CURVES, ylabel="loss, nats per token"):
-    """Plot numbers of a run's log over its epochs into loss.png; `curves` is a dict of label -> number."""
+    """Plot numbers of a run's log over its epochs into loss.png; `curves` is a dict of label -> number. A run
+    of no steps has none."""
+    if not (Path(output_dir) / "metrics.jsonl").exists():
+        return
     lines = read_metrics(output_dir)
     shown = {label: curve for label, name in curves.items() if (curve := points(lines, name))}
     pictures.save_curves(Path(output_dir) / "loss.png", shown, xlabel="epoch", ylabel=ylabel)
