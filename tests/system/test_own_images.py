@@ -84,11 +84,11 @@ def test_tokenizer_is_tuned_for_a_third_of_little_time_and_no_longer_than_that_h
 
 
 def test_what_to_expect_is_said_of_as_many_steps_as_fit(capsys):
-    for minutes, steps in ((1, 38), (30, 294)):
+    for minutes, steps, expected in ((1, 38, 20.0), (30, 294, 20.7)):
         own_images.say_what_to_expect(plan_for(minutes))
         tokenizer, decibels, lpd = capsys.readouterr().out.splitlines()
         assert f"{steps} steps" in tokenizer and lpd.startswith("lpd: about ")
-        assert f"{19.8 + 0.8 * min(1, steps / 300):.1f} dB" in decibels
+        assert f"{expected} dB" in decibels
 
 
 def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
