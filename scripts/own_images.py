@@ -19,7 +19,7 @@ import numpy as np
 from engine import published
 from models.weights import find
 from scripts.cli.job import run_until
-from scripts.plan import OVERHEAD, Plan, measure, tuning_epochs
+from scripts.plan import OVERHEAD, Plan, free_share, measure, tuning_epochs
 from util import folders
 from util.device import choose_device, is_cuda
 from util.distributed import say
@@ -107,6 +107,8 @@ def new_recipe(args, folder, device):
     for name in stages(recipe):
         recipe[name]["no_mirror"] = args.no_mirror
         measure(recipe, name, device)
+    if (share := free_share(device)) < 0.8:
+        print(f"busy processors, {share:.0%} for this: up to {1 / share:.1f} times the steps without")
     if tokenizer:
         steps = 30 * TUNING if is_cuda(device) else TUNING
         tokenizer["epochs"] = tuning_epochs(recipe, steps, 60 * args.minutes)

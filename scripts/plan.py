@@ -38,7 +38,7 @@ def seconds(step, device):
 
 def faster(make_step, device, least=3.0):
     """The precision whose steps cost less processor time, which other programs hardly change: whether it is
-    bfloat16; the wall time of such a step; the share of the processors that it had."""
+    bfloat16, and the wall time of such a step."""
     steps = {bf16: make_step(bf16) for bf16 in (False, True)}
     first = {bf16: seconds(step, device)[1] for bf16, step in steps.items()}
     if first[True] > 4 * first[False]:  # emulated: nobody needs to wait for a second step
@@ -48,9 +48,17 @@ def faster(make_step, device, least=3.0):
         for bf16, step in steps.items():
             times[bf16].append(seconds(step, device))
     bf16 = min(times, key=lambda kind: min(own for _, own in times[kind]))
-    wall, own = np.sum(times[bf16], axis=0)
-    threads = 1 if is_cuda(device) else torch.get_num_threads()
-    return bf16, wall / len(times[bf16]), min(1.0, own / wall / threads)
+    return bf16, np.mean([wall for wall, _ in times[bf16]])
+
+
+def free_share(device):
+    """The share of its processors that a product of matrices has now: 1 if no other program wants them. (A
+    training step leaves some idle by itself.)"""
+    if is_cuda(device):
+        return 1.0
+    matrix = torch.rand(1024, 1024)
+    wall, own = seconds(lambda: [matrix @ matrix for _ in range(20)], device)
+    return min(1.0, own / wall / torch.get_num_threads())
 
 
 def tokenizer_step(recipe, bf16, device):
@@ -79,10 +87,8 @@ def lpd_step(recipe, bf16, device):
 def measure(recipe, name, device):
     """Choose a training's precision, and note its images a second as things are now."""
     make_step = {"tokenizer": tokenizer_step, "lpd": lpd_step}[name]
-    bf16, step, share = faster(lambda bf16: make_step(recipe, bf16, device), device)
+    bf16, step = faster(lambda bf16: make_step(recipe, bf16, device), device)
     recipe[name]["bf16"], recipe["rates"][name] = bf16, recipe[name]["batch_size"] / step
-    if share < 0.8:
-        print(f"{name}: busy processors, {share:.0%} for this; up to {1 / share:.1f} times the steps without")
 
 
 # How many epochs fit.
