@@ -145,8 +145,7 @@ def warn_of_poor_pictures(plan, labels):
         enough = 5 * math.ceil(seconds / 300)
         print(f"warning: pictures are poor below {POOR:,} steps of LPD: give --minutes {enough}")
     if n < 100 or least < 10:
-        print(f"warning: {n:,} images, {least} of the smallest class, are few: expect blots or copies;")
-        print("    recognisable new ones need a thousand images or more, a hundred of a class")
+        print(f"warning: {n:,} images, {least} of the smallest class, are few: expect blots or copies")
 
 
 # The four programs.

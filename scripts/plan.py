@@ -4,6 +4,7 @@ LPD, by the rate in its log. A recipe is a dict of training -> flags, and of `ra
 
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,17 @@ def free_share(device):
     return min(1.0, own / wall / torch.get_num_threads())
 
 
+@lru_cache(maxsize=1)
+def config_of(weights):
+    """The VQConfig of a tokenizer's weights, which are read once."""
+    return VQModel.load(weights)[0].config
+
+
 def tokenizer_step(recipe, bf16, device):
     """A function that takes a training step of the tokenizer on random pixels."""
     flags = recipe["tokenizer"]
     size, batch = flags["img_size"], flags["batch_size"]
-    model = VQModel.load(flags["pretrained_ckpt"])[0].config
+    model = config_of(flags["pretrained_ckpt"])
     config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, warmup_steps=0)
     state = train_tokenizer.new_state(config, device)
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
@@ -75,7 +82,7 @@ def tokenizer_step(recipe, bf16, device):
 def lpd_step(recipe, bf16, device):
     """A function that takes a training step of LPD on random tokens."""
     flags, tuned = recipe["lpd"], recipe["tokenizer"]
-    vq = VQModel.load(tuned["pretrained_ckpt"] if tuned else flags["vqgan_path"])[0].config
+    vq = config_of(tuned["pretrained_ckpt"] if tuned else flags["vqgan_path"])
     batch, grid = flags["batch_size"], (tuned or flags)["img_size"] // vq.stride
     model = replace(LPD_CONFIGS[flags["model"]], grid_size=grid, vocab_size=vq.vocab_size, num_classes=1)
     config = train.TrainConfig(model, batch, training_steps(grid**2), global_batch=batch, bf16=bf16)
