@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,23 @@ DEVICE_TEXTS = {
     "util/distributed.py": {"cuda", "cpu:gloo,cuda:nccl"}, "util/cli.py": {"auto, cpu, cuda, or mps"},
 }
 
-
-def sources():
-    """Path relative to the repository -> syntax tree, of every Python file."""
-    paths = list(REPOSITORY.glob("*.py"))
-    for folder in (*FLOORS, "demo", "scripts", "benchmarks", "tests"):
-        paths += (REPOSITORY / folder).rglob("*.py")
-    return {
-        path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text("utf-8")) for path in sorted(paths)
-    }
-
-
-SOURCES = sources()
-LIBRARIES = {path: tree for path, tree in SOURCES.items() if path.split("/")[0] in FLOORS}
-PRODUCT = {path: tree for path, tree in SOURCES.items() if path.split("/")[0] not in ("tests", "benchmarks")}
+FILES = list(REPOSITORY.glob("*.py"))
+for folder in (*FLOORS, "demo", "scripts", "benchmarks", "tests"):
+    FILES += (REPOSITORY / folder).rglob("*.py")
+PATHS = sorted(path.relative_to(REPOSITORY).as_posix() for path in FILES)
+LIBRARIES = [path for path in PATHS if path.split("/")[0] in FLOORS]
+PRODUCT = [path for path in PATHS if path.split("/")[0] not in ("tests", "benchmarks")]
 TOP = {"demo", "scripts", "benchmarks", "tests", *(path.stem for path in REPOSITORY.glob("main_*.py"))}
+
+
+@cache
+def tree_of(path):
+    return ast.parse((REPOSITORY / path).read_text("utf-8"))
+
+
+def trees(paths):
+    """Path and syntax tree of each."""
+    return [(path, tree_of(path)) for path in paths]
 
 
 def imported(tree):
@@ -48,13 +51,13 @@ def is_program(tree):
 def test_imports_go_down_only(path):
     own = path.split("/")[0]
     above = TOP | {name for name, floor in FLOORS.items() if floor >= FLOORS[own]} - {own}
-    assert not above & set(imported(LIBRARIES[path]))
+    assert not above & set(imported(tree_of(path)))
 
 
 def test_args_never_go_below_a_program():
     takers = [
         f"{path}: {node.name}"
-        for path, tree in LIBRARIES.items() if path != "util/cli.py" and not is_program(tree)
+        for path, tree in trees(LIBRARIES) if path != "util/cli.py" and not is_program(tree)
         for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         if any(parameter.arg == "args" for parameter in [*node.args.args, *node.args.kwonlyargs])
     ]
@@ -74,7 +77,7 @@ def device_names(tree):
 
 
 def test_devices_are_chosen_in_one_place():
-    found = {path: set(device_names(tree)) for path, tree in PRODUCT.items() if path not in DEVICE_FILES}
+    found = {path: set(device_names(tree)) for path, tree in trees(PRODUCT) if path not in DEVICE_FILES}
     assert {path: names for path, names in found.items() if names} == DEVICE_TEXTS
 
 
@@ -82,7 +85,7 @@ def test_programs_import_util_before_torch():
     """Itself or by a package whose `__init__` does: it sets what OpenMP reads when torch is loaded. The agent
     of torchrun only starts others."""
     late = []
-    for path, tree in PRODUCT.items():
+    for path, tree in trees(PRODUCT):
         body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [n for n in imported(ast.Module(body, [])) if n in ("torch", "util", "engine", "models")]
         if is_program(tree) and path != "scripts/cli/agent.py" and names[:1] == ["torch"]:
@@ -98,15 +101,15 @@ def test_tokenizers_has_no_code():
 def test_no_file_changes_the_import_path():
     changing = [
         path
-        for path, tree in SOURCES.items()
+        for path, tree in trees(PATHS)
         if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" for node in ast.walk(tree))
     ]
     assert changing == []
 
 
 def test_modules_and_public_functions_of_the_libraries_have_docstrings():
-    missing = [path for path, tree in PRODUCT.items() if not ast.get_docstring(tree)]
-    for path, tree in LIBRARIES.items():
+    missing = [path for path, tree in trees(PRODUCT) if not ast.get_docstring(tree)]
+    for path, tree in trees(LIBRARIES):
         for node in tree.body:
             public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
             if public and node.name not in ("flags", "main") and not ast.get_docstring(node):

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import processes
 import pytest
+import scipy  # its parts are imported when they are used
 from core.reference_orders import reference_order, replay, score
-from scipy import stats
 
 from orders import lpd_order, plot
 from orders.lpd_order import (
@@ -60,7 +60,7 @@ def picks():
 def test_the_first_cell_is_uniform(kind):
     """Chi-square over 64 cells and 12,800 orders; false alarm 1e-6 a kind, were the seed not fixed."""
     first = make_orders(kind, 12800, cosine_group_sizes(64, 8), 8, seed=1)[:, 0]
-    assert stats.chisquare(np.bincount(first, minlength=64)).pvalue > 1e-6
+    assert scipy.stats.chisquare(np.bincount(first, minlength=64)).pvalue > 1e-6
 
 
 def test_every_pick_is_one_that_the_method_allows(picks):
@@ -93,7 +93,7 @@ def test_ranks_order_all_neighbourhoods_by_score():
     beside, across = lpd_order.count_neighbours(generated, 3)
     ranks = (1 + lpd_order.BESIDE * beside + lpd_order.ACROSS * across)[:, 4]
     scores = [score(4, chosen, 3) for chosen in choices]
-    assert stats.spearmanr(ranks, np.round(scores, 9)).statistic == pytest.approx(1)
+    assert scipy.stats.spearmanr(ranks, np.round(scores, 9)).statistic == pytest.approx(1)
     assert len(set(ranks.tolist())) == 25
     for threshold in (0, 0.5, 1, math.sqrt(2), 2, 6.9, math.inf):
         least = lpd_order._rules(3, float(threshold), 1.0).least_near >> lpd_order.SCORE_TIE_BITS
@@ -133,7 +133,7 @@ def test_whole_orders_of_a_tiny_grid_are_as_frequent_as_in_the_reference(sizes, 
     kinds = {outcome: i for i, outcome in enumerate(sorted({*plain, *fast}))}
     assert len(kinds) > 5
     table = [np.bincount([kinds[o] for o in side], minlength=len(kinds)) for side in (plain, fast)]
-    assert stats.chi2_contingency(table).pvalue > 1e-6
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-6
 
 
 # an order depends on its seed and image id alone

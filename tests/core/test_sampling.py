@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy  # its parts are imported when they are used
 import torch
-from scipy import stats
 
 from engine import sampling
 from engine.sampling import Sampling, guidance_scales, guide, image_words, keep_top_k, keep_top_p, sample
@@ -113,7 +113,7 @@ def test_draws_follow_the_softmax(settings, expected):
     counts = torch.bincount(drawn, minlength=4).numpy()
     possible = np.array(expected) > 0
     assert counts[~possible].sum() == 0
-    assert stats.chisquare(counts[possible], n * np.array(expected)[possible]).pvalue > 1e-6
+    assert scipy.stats.chisquare(counts[possible], n * np.array(expected)[possible]).pvalue > 1e-6
 
 
 def test_draws_from_a_large_codebook_follow_the_softmax():
@@ -125,14 +125,14 @@ def test_draws_from_a_large_codebook_follow_the_softmax():
     parts = np.array_split(np.random.default_rng(0).permutation(vocab_size), 64)
     counts = np.bincount(drawn, minlength=vocab_size)
     observed, expected = ([values[part].sum() for part in parts] for values in (counts, n * probability))
-    assert stats.chisquare(observed, expected).pvalue > 1e-6
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-6
 
 
 def test_noise_is_standard_gumbel():
     """Kolmogorov-Smirnov over a million values; false alarm 1e-6. None can lie above 24 log 2, and all lie
     below 11 with probability exp(-17)."""
     noise = gumbel_noise(3, torch.arange(16), torch.arange(64).repeat(16, 1), 1024)
-    assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-6
+    assert scipy.stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-6
     assert noise.isfinite().all() and 11 < noise.max() <= 24 * math.log(2) + 1e-5
 
 
@@ -159,7 +159,7 @@ def test_noises_are_independent(seed, image, position, code):
     a, b = ((-(-noise).exp()).exp().flatten().double().numpy() for noise in (first, second))
     assert abs(np.corrcoef(a, b)[0, 1]) < 6 / math.sqrt(2**20)
     counts, *_ = np.histogram2d(a, b, bins=32, range=[[0, 1], [0, 1]])
-    assert stats.chisquare(counts.flatten()).pvalue > 1e-6
+    assert scipy.stats.chisquare(counts.flatten()).pvalue > 1e-6
 
 
 def test_noise_is_the_same_in_every_version():

@@ -222,6 +222,26 @@ def test_resumed_on_another_number_of_processes_each_image_comes_once_per_epoch(
     assert images == [image for step in range(18) for image in ImageStream(TRAIN, 0, 4).images(step)[0]]
 
 
+MEMBER = """
+import os, pathlib, signal, sys
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+if rank == "0":
+    (folder / "pid").write_text(str(os.getpid()))
+    signal.pause()
+while not (folder / "pid").exists():
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_agent_ends_the_others_of_a_killed_process_and_reports_it_once(tmp_path):
+    (tmp_path / "member.py").write_text(MEMBER)
+    outcome = processes.agent(2, tmp_path / "member.py", tmp_path)
+    line = "error: process 1 was killed by SIGKILL, the others are ended\n"
+    assert outcome == processes.Outcome(128 + 9, "", line)
+    assert not processes.running(int((tmp_path / "pid").read_text()))
+
+
 DYING = """
 import os, pathlib, signal, sys, time
 import engine.train, main_lpd
@@ -242,14 +262,15 @@ cli.run(lambda: main_lpd.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how, status, line",
     [
         ("kill", 128 + 9, "error: process 1 was killed by SIGKILL, the others are ended"),
-        pytest.param("raise", 1, "ArithmeticError: the first error", marks=pytest.mark.long),
+        ("raise", 1, "ArithmeticError: the first error"),
     ],
 )
-def test_process_that_dies_ends_the_others_and_is_reported_once(how, status, line, tmp_path):
+def test_training_process_that_dies_ends_the_others_and_is_reported_once(how, status, line, tmp_path):
     """The agent asks the others to end, and kills them after half a minute; they need not wait for their own
     limit, which is ten."""
     (tmp_path / "train.py").write_text(DYING)

@@ -114,9 +114,9 @@ def test_compile_flag_trains_as_without_it(tmp_path, monkeypatch, counted):
 
 
 DDP = """
-import dataclasses, torch
+import torch
 from functools import partial
-from helpers import ALONE, CONFIG, MODEL, four_images
+from helpers import ALONE, CONFIG, four_images
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from engine.fast import compiled_lpd
@@ -125,11 +125,10 @@ from util import cli, distributed
 def main():
     distributed.init("cpu")
     counted = CompileCounterWithBackend("aot_eager")
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, embed_dim=1024, depth=2))
-    model = new_state(config, ALONE.device, partial(compiled_lpd, device=ALONE.device, backend=counted)).model
+    model = new_state(CONFIG, ALONE.device, partial(compiled_lpd, device=ALONE.device, backend=counted)).model
     tokens, labels = four_images()
     order = draw_step(CONFIG, 3)[1].argsort(dim=1)
-    loss_of = DistributedDataParallel(LossForDDP(model.train()))
+    loss_of = DistributedDataParallel(LossForDDP(model.train()), bucket_cap_mb=0.05)
     loss_of(tokens[:1], labels[:1], order[:1], CONFIG.schedules[1]).backward()
     print("graphs", counted.frame_count)
 cli.run(main)
@@ -137,7 +136,7 @@ cli.run(main)
 
 
 def test_ddp_does_not_cut_compiled_blocks():
-    """Two blocks of 50 MB; DDP's buckets are of 25 MB, at which torch would cut each of them in three."""
+    """Blocks of 0.19 MB; the buckets are of 0.05 MB, at which torch would cut each of them in pieces."""
     assert finished(processes.forked_group(1, "-c", DDP)).out == "graphs 2\n"
 
 

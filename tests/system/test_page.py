@@ -4,10 +4,13 @@ Skipped with the reason if gradio, playwright or Chromium is missing; `bash scri
 """
 
 import io
+import json
+import re
 import shutil
 import socket
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 
 import helpers
 import numpy as np
@@ -16,25 +19,34 @@ import pytest
 from PIL import Image
 from processes import WAIT, wait_for
 
-from demo.session import Session
+from demo import app
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def app():
-    """demo/app.py. gradio takes seconds to import, so only the process that runs these tests does."""
-    pytest.importorskip("gradio", reason="needs requirements-app.txt: bash environment_setup.sh --app")
-    from demo import app
-
-    return app
+# The page, which first tells what its buttons that compute wait for.
+TELLING = """
+import json, runpy, sys
+from demo import page
+plain = page.build
+def build(session):
+    built = plain(session)
+    queues = {fn.name: (fn.concurrency_id, fn.concurrency_limit) for fn in built.fns.values()}
+    print("QUEUES", json.dumps([queues, built._queue.max_size]), flush=True)
+    return built
+page.build = build
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """(address, log file) of the page with the shipped weights, in a process of its own."""
+    if not find_spec("gradio"):
+        pytest.skip("needs requirements-app.txt: bash environment_setup.sh --app")
     log, port = tmp_path_factory.mktemp("page") / "log", processes.free_port()
-    words = [processes.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
+    words = ["-c", TELLING, processes.REPO / "demo/app.py", "--port", port, "--device", "cpu"]
     uploads = {"GRADIO_TEMP_DIR": str(log.parent / "uploads")}
     server = processes.fork(*words, cwd=log.parent, out=log, err=log, **uploads)
     try:
@@ -151,20 +163,26 @@ def test_page_listens_on_no_other_address(page):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # all addresses would answer
 
 
-def test_everything_that_computes_waits_in_one_queue(app, tiny_lpd, tiny_vq):
-    page = app.build(Session(tiny_lpd, tiny_vq, tuple("abcde"), tiny_lpd.pos_embed.device))
-    working = {fn.name: (fn.concurrency_id, fn.concurrency_limit) for fn in page.fns.values()}
+def test_everything_that_computes_waits_in_one_queue(page):
+    queues, waiting = json.loads(re.search("QUEUES (.*)", page[1].read_text())[1])
     for name in ("on_generate", "on_edit", "on_upload"):
-        assert working[name] == ("session", 1)
-    assert page._queue.max_size == app.MAX_WAITING
+        assert queues[name] == ["session", 1]
+    assert waiting == 32
 
 
-def test_port_in_use_is_reported_in_one_line(app):
+def test_port_in_use_is_reported_in_one_line(monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: True)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         outcome = helpers.call_main(app.main, "--port", port)
     message = f"error: --host 127.0.0.1 --port {port}: Address already in use\n"
     assert (outcome.status, outcome.err) == (2, message)
+
+
+def test_missing_gradio_is_reported_in_one_line(monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    outcome = helpers.call_main(app.main)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "bash scripts/app.sh" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -175,7 +193,8 @@ def test_port_in_use_is_reported_in_one_line(app):
         (("--img_size", "64"), "--img_size is 64, the weights or data have 32"),
     ],
 )
-def test_wrong_flag_is_reported_in_one_line(app, flags, message):
+def test_wrong_flag_is_reported_in_one_line(flags, message, monkeypatch):
+    monkeypatch.setattr(app, "find_spec", lambda name: True)  # without gradio too
     if "--port" not in flags:
         flags = ("--port", processes.free_port(), *flags)
     outcome = helpers.call_main(app.main, *flags)

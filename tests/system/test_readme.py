@@ -82,7 +82,7 @@ def test_demo_command_makes_recognisable_shapes(tmp_path):
     line = re.search(r'"\$repo/main_sample.py"(.*)', script)[1]
     words = [FASHION / "lpd.safetensors" if word == "$lpd" else word for word in shlex.split(line)[:-1]]
     words = [tmp_path if str(word).endswith("/output/demo") else word for word in words]
-    outcome = finished(call("sample", *words, "--num_per_class", 2, *ON_CPU))
+    outcome = finished(call("sample", *words, "--classes", 0, 1, "--num_per_class", 3, *ON_CPU))
     assert re.search(r"alone: .* in 8 steps, .* in 64: ", outcome.out)
 
     def bottom_middle(name):
