@@ -68,9 +68,11 @@ def environment():
 
 @lru_cache(maxsize=1)
 def _server():
-    """The multiprocessing context whose processes have the programs imported."""
+    """The multiprocessing context whose processes have imported the programs, and what these import when they
+    need it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes", "torch._dynamo", "torch_fidelity", *PROGRAMS])
+    lazily = ["matplotlib.backends.backend_agg", "timm", "torch._dynamo", "torch_fidelity"]
+    context.set_forkserver_preload(["processes", *lazily, *PROGRAMS])
     before, path = dict(os.environ), [str(REPO), str(REPO / "tests")]
     os.environ.update({**QUIET, "PYTHONPATH": os.pathsep.join(path)})
     try:

@@ -3,7 +3,7 @@
 import pytest
 from faults.kills import JOBS, survive
 
-QUICK = ("orders", "caching", "training")
+QUICK = ("orders", "caching")  # of training: tests/system/test_training.py
 ONCE = [pytest.param(job, 1, marks=[] if job in QUICK else pytest.mark.long) for job in JOBS]
 OFTEN = [pytest.param(job, 5, marks=pytest.mark.long) for job in JOBS]
 

@@ -172,11 +172,16 @@ def cache_of_a_folder():
 @pytest.mark.parametrize("form", FORMS)
 def test_token_cache_is_the_same_to_the_byte_whatever_the_images_lie_in(form, tmp_path):
     data, out = FORMS[form](tmp_path), tmp_path / "out"
-    processes.finished(helpers.call("cache", *helpers.cache_flags(out / "one", data_path=data)))
-    assert helpers.contents(out / "one") == cache_of_a_folder()
-    with_workers = [*helpers.cache_flags(out / "two", data_path=data, num_workers=1)]
+    processes.finished(helpers.call("cache", *helpers.cache_flags(out, data_path=data)))
+    assert helpers.contents(out) == cache_of_a_folder()
+
+
+@pytest.mark.parametrize("form", ["zip", "tars of tars", "json", "parquet"])
+def test_processes_and_workers_read_every_kind_of_archive(form, tmp_path):
+    data, out = FORMS[form](tmp_path), tmp_path / "out"
+    with_workers = [*helpers.cache_flags(out, data_path=data, num_workers=1)]
     processes.finished(processes.torchrun(2, "cache", *with_workers))
-    assert helpers.contents(out / "two") == cache_of_a_folder()
+    assert helpers.contents(out) == cache_of_a_folder()
 
 
 # Labels.
