@@ -65,7 +65,9 @@ def assert_nothing_outlives(program, number, log, images):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("method,workers", [("fork", 3), ("forkserver", 1), ("spawn", 1)])
+@pytest.mark.parametrize(
+    "method,workers", [("fork", 3), ("forkserver", 1), pytest.param("spawn", 1, marks=pytest.mark.long)]
+)
 def test_worker_that_waits_for_its_killed_program_to_read_ends(method, workers, tmp_path):
     """The pipe between them is full: each worker is at its third batch of eight, and one takes up a pipe."""
     log, script = tmp_path / "log", tmp_path / "consumer.py"

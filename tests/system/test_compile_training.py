@@ -51,7 +51,7 @@ def gradients(model, group_sizes=CONFIG.group_sizes[1]):
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compiled_blocks_give_the_plain_loss_and_gradients(counted, checkpointing):
     """1e-5: fp32, the same sums in another order; gradients are of size 0.01 to 1."""
     model = new_model(compiled(counted, grad_checkpointing=checkpointing))
@@ -69,6 +69,7 @@ def test_all_layers_and_schedules_share_one_compiled_function(counted):
     assert counted.frame_count == 2
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_flex_attention_is_compiled_once_for_all_schedules(counted):
     """Forward only: FlexAttention has no backward on a CPU."""
@@ -114,9 +115,9 @@ def test_compile_flag_trains_as_without_it(tmp_path, monkeypatch, counted):
 
 
 DDP = """
-import torch
+import dataclasses, torch
 from functools import partial
-from helpers import ALONE, CONFIG, four_images
+from helpers import ALONE, CONFIG, MODEL, four_images
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from engine.fast import compiled_lpd
@@ -125,10 +126,11 @@ from util import cli, distributed
 def main():
     distributed.init("cpu")
     counted = CompileCounterWithBackend("aot_eager")
-    model = new_state(CONFIG, ALONE.device, partial(compiled_lpd, device=ALONE.device, backend=counted)).model
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, embed_dim=256))
+    model = new_state(config, ALONE.device, partial(compiled_lpd, device=ALONE.device, backend=counted)).model
     tokens, labels = four_images()
     order = draw_step(CONFIG, 3)[1].argsort(dim=1)
-    loss_of = DistributedDataParallel(LossForDDP(model.train()), bucket_cap_mb=0.05)
+    loss_of = DistributedDataParallel(LossForDDP(model.train()), bucket_cap_mb=1)
     loss_of(tokens[:1], labels[:1], order[:1], CONFIG.schedules[1]).backward()
     print("graphs", counted.frame_count)
 cli.run(main)
@@ -136,7 +138,7 @@ cli.run(main)
 
 
 def test_ddp_does_not_cut_compiled_blocks():
-    """Blocks of 0.19 MB; the buckets are of 0.05 MB, at which torch would cut each of them in pieces."""
+    """Two blocks of 3 MB; the buckets are of 1 MB, at which torch would cut each of them in pieces."""
     assert finished(processes.forked_group(1, "-c", DDP)).out == "graphs 2\n"
 
 

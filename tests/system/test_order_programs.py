@@ -172,7 +172,7 @@ def test_the_script_makes_the_published_files(tmp_path, monkeypatch):
 
 def test_measuring_orders_imports_no_matplotlib():
     code = "import sys, orders.plot; sys.exit('matplotlib' in sys.modules)"
-    assert processes.forked("-c", code).status == 0
+    assert processes.python("-c", code).status == 0
 
 
 @pytest.fixture
