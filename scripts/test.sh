@@ -29,6 +29,6 @@ status=0
 "$venv/bin/python" -m ruff check . || { status=1; echo "lint failed: see above" >&2; }
 "$venv/bin/python" -m pytest --dist loadfile --no-loadscope-reorder "${chosen[@]}" "$@" || status=$?
 if [[ ${chosen[*]} == "-n 2" ]]; then
-    echo "left out: SLURM on three machines, kernel counts, Inductor, torch-fidelity's own evaluation, more kills: bash scripts/test.sh --all"
+    echo "left out: SLURM on three machines, kernel counts, Inductor, torch-fidelity's own evaluation, more kills and variants: bash scripts/test.sh --all"
 fi
 exit "$status"
