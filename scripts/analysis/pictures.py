@@ -111,10 +111,11 @@ class Pictures:
 
 
 def work_of(plan):
-    """Forwards and rows of one image, without guidance."""
+    """Group sizes of an image, its forwards and rows, without guidance."""
     looks = plan.order in POLICIES and POLICIES[plan.order].looks
     steps = step_shapes(plan.group_sizes, plan.grid_size**2, looks)
-    return {"forwards": len(steps), "rows": sum(sum(step[:3]) for step in steps)}
+    sizes, rows = " ".join(map(str, plan.group_sizes)), sum(sum(step[:3]) for step in steps)
+    return {"group_sizes": sizes, "forwards": len(steps), "rows": rows}
 
 
 def facts_of(args, pictures):
