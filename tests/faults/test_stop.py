@@ -223,13 +223,15 @@ def test_resumed_on_another_number_of_processes_each_image_comes_once_per_epoch(
 
 
 MEMBER = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+signal.alarm(300)  # neither waits longer
 if rank == "0":
-    (folder / "pid").write_text(str(os.getpid()))
+    (folder / "own").write_text(str(os.getpid()))
+    (folder / "own").rename(folder / "pid")
     signal.pause()
 while not (folder / "pid").exists():
-    pass
+    time.sleep(0.02)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
