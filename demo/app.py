@@ -8,7 +8,6 @@ It listens on this machine only, unless --host says otherwise.
 
 from util import cli  # isort: skip
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 
 from demo.session import Session
@@ -63,13 +62,13 @@ def check_port(host, port):
 
 def main(argv=None):
     args = parse_args(argv)
-    if not find_spec("gradio"):
-        raise cli.UsageError("gradio is not installed: `bash scripts/app.sh` installs it and starts the page")
     check_port(args.host, args.port)
     with cli.checking():
         session = load(args)
-    from demo import page  # gradio takes seconds to import: mistakes in the flags are told before
-
+    try:
+        from demo import page  # gradio takes seconds to import: mistakes in the flags are told before
+    except ImportError as error:  # gradio, or what it needs
+        raise cli.UsageError(f"{error}: `bash scripts/app.sh` installs gradio and starts the page") from None
     page.serve(session, args.host, args.port)
 
 

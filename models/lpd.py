@@ -285,16 +285,17 @@ class LPD(Pretrained, nn.Module):
     def start_from(self, name, class_names=()):
         """Load weights that `find` knows into this model, resizing the position embeddings to its grid
         (used to start a 512 px model from 256 px weights). Of other classes than `class_names`, those found
-        by name keep their embedding and a line names the new ones. Raises as `load` does."""
+        by name keep their embedding, the others begin as the unconditional branch, and a line names them.
+        Raises as `load` does."""
         path = find(name)
         state, info = read_weights(path, LPD)
         with suppress(LookupError, RuntimeError, TypeError):  # absent or no grid: load_state reports it
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], self.config.grid_size)
             known, names = info.get("class_names") or [], list(class_names)
-            old, new = state["class_emb.weight"], self.class_emb.weight.detach().clone()
+            old, new = state["class_emb.weight"], state["fake_latent"].repeat(self.config.num_classes, 1)
             if names and names != known and (known or len(new) != len(old)):
                 kept = [name for name in names if name in known]
-                new[[names.index(name) for name in kept]] = old[[known.index(name) for name in kept]].to(new)
+                new[[names.index(name) for name in kept]] = old[[known.index(name) for name in kept]]
                 state["class_emb.weight"] = new
                 others = ", ".join(name for name in names if name not in known)[:200] or "none"
                 say(f"{path}: {len(kept)} classes, found by name, keep their embedding; new: {others}")

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
@@ -170,8 +171,7 @@ def test_everything_that_computes_waits_in_one_queue(page):
     assert waiting == 32
 
 
-def test_port_in_use_is_reported_in_one_line(monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda name: True)
+def test_port_in_use_is_reported_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         outcome = helpers.call_main(app.main, "--port", port)
@@ -180,8 +180,9 @@ def test_port_in_use_is_reported_in_one_line(monkeypatch):
 
 
 def test_missing_gradio_is_reported_in_one_line(monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda name: None)
-    outcome = helpers.call_main(app.main)
+    monkeypatch.setattr(app, "load", lambda args: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    outcome = helpers.call_main(app.main, "--port", processes.free_port())
     assert outcome.status == 2 and outcome.err.count("\n") == 1 and "bash scripts/app.sh" in outcome.err
 
 
@@ -193,10 +194,7 @@ def test_missing_gradio_is_reported_in_one_line(monkeypatch):
         (("--img_size", "64"), "--img_size is 64, the weights or data have 32"),
     ],
 )
-def test_wrong_flag_is_reported_in_one_line(flags, message, monkeypatch):
-    monkeypatch.setattr(app, "find_spec", lambda name: True)  # without gradio too
-    if "--port" not in flags:
-        flags = ("--port", processes.free_port(), *flags)
-    outcome = helpers.call_main(app.main, *flags)
+def test_wrong_flag_is_reported_in_one_line(flags, message):
+    outcome = helpers.call_main(app.main, "--port", processes.free_port(), *flags)
     assert (outcome.status, outcome.err.count("\n")) == (2, 1)
     assert message in outcome.err
