@@ -95,6 +95,8 @@ def train_state(args, model, folder, pretrained, world):
         state.load(last, world)
     elif pretrained:
         state.model.load_state_dict(pretrained.state_dict())
+    elif config.keep_tokens:
+        raise ValueError("--keep_tokens needs a tokenizer to start from, --pretrained_ckpt")
     return state
 
 

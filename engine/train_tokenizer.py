@@ -40,6 +40,7 @@ class TokenizerTrainConfig:
     revive_every: int = 50
     bf16: bool = setting(False, "bfloat16; default: float32")
     no_mirror: bool = setting(False, "never mirror images, such as text or flags")
+    keep_tokens: bool = setting(False, "train the decoder only: LPD weights and token caches stay valid")
     seed: int = 0
 
     def for_images(self, num_images):
@@ -104,9 +105,12 @@ def new_state(config, device):
     model = VQModel(config.model).to(device)
     if not is_cuda(device):  # oneDNN convolutions run fastest so
         model = model.to(memory_format=torch.channels_last)
+    if config.keep_tokens:
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay,
-        fused=is_cuda(device),
+        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=is_cuda(device)
     )
     return TokenizerState(config, model, optimizer, torch.zeros(config.model.vocab_size, device=device))
 
@@ -171,7 +175,7 @@ def train_step(state, model, pixels, steps):
     values = {name: value.detach() for name, value in parts.items()}
     values |= {"grad_norm": norm, "codebook_use": (state.code_use > 0).float().mean()}
     # Late in training the codes must stay where the decoder expects them.
-    if state.step % config.revive_every == 0 and state.step < 0.8 * steps:
+    if state.step % config.revive_every == 0 and state.step < 0.8 * steps and not config.keep_tokens:
         revive_dead_codes(state, latents)
     return values
 

@@ -11,6 +11,7 @@ import torch
 from helpers import ALONE, CONFIG, call, picture, tokenizer_flags, train_flags
 from processes import finished, torchrun
 
+from engine import train_tokenizer
 from engine.checkpoint import LAST, recorded_settings
 from engine.data import ImageStream
 from engine.likelihood import token_nll
@@ -165,6 +166,19 @@ def test_tokenizer_starts_from_weights_whose_sizes_count(tmp_path):
     assert helpers.same(dict(found.state_dict()), dict(expected.state_dict()))
     outcome = call("tokenizer", *tokenizer_flags(tmp_path / "b", **{**flags, "vocab_size": 32}))
     assert outcome.status == 2 and "made with vocab_size 64, now it is 32" in outcome.err
+
+
+def test_tokens_are_kept_while_the_decoder_learns(tmp_path):
+    """No code is revived either, and a tokenizer to start from must be given."""
+    config = TokenizerTrainConfig(helpers.VQ, keep_tokens=True, revive_every=1, warmup_steps=0)
+    state, pixels = train_tokenizer.new_state(config, ALONE.device), torch.rand(2, 3, 16, 16)
+    before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
+    losses = [train_tokenizer.train_step(state, state.model, pixels, 10)["reconstruction"] for _ in range(3)]
+    after = state.model.state_dict()
+    changed = {name.split(".")[0] for name, weight in before.items() if not weight.equal(after[name])}
+    assert changed == {"post_quant_conv", "decoder"} and losses[2] < losses[0]
+    outcome = call("tokenizer", *tokenizer_flags(tmp_path), "--keep_tokens")
+    assert outcome.status == 2 and "--keep_tokens needs a tokenizer to start from" in outcome.err
 
 
 def test_loss_curve_joins_what_the_log_cuts_short_at_the_end_of_an_epoch():
