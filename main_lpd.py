@@ -171,7 +171,7 @@ def train_state(args, config, class_names, device):
     if args.compile:
         given = {"bf16": args.bf16, "grad_checkpointing": args.grad_checkpointing}
         build = partial(compiled_lpd, device=device, **given)
-    state = new_state(config, device, build, fused=args.compile)
+    state = new_state(config, device, build)
     places = [Path(folder) / LAST for folder in (args.output_dir, args.resume) if folder]
     last = next((path for path in places if path.exists()), None)
     if last:

@@ -1,6 +1,6 @@
 """Fast paths: compiled training blocks, decoding as one CUDA graph, and models prepared for inference.
 
-`--compile` selects the first two, and also ResidentTokens (engine/data.py) and fused AdamW (engine/train.py).
+`--compile` selects the first two, and also ResidentTokens (engine/data.py).
 Results equal those of the plain code up to rounding. On a CPU nothing is captured, and batches are padded all
 the same; there `for_inference` packs the linears (benchmarks/LOG.md).
 

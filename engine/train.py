@@ -137,16 +137,16 @@ class TrainState:
             self.model.train()
 
 
-def new_state(config, device, build=LPD, fused=False):
+def new_state(config, device, build=LPD):
     """A fresh model, `build(config.model)`, and AdamW without weight decay on biases, norms and other
-    vectors. On a CUDA GPU AdamW is always fused: otherwise skipping a non-finite step would wait for it."""
+    vectors. AdamW is fused: skipping a non-finite step then waits for nothing, and it is faster."""
     torch.manual_seed(config.seed)
     model = build(config.model).to(device)
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     others = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
         [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), fused=fused or is_cuda(device),
+        lr=config.lr, betas=(0.9, 0.95), fused=is_cuda(device) or device.type == "cpu",
     )
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     return TrainState(config, model, optimizer, ema)

@@ -100,7 +100,7 @@ class TokenizerState:
 
 
 def new_state(config, device):
-    """A fresh model and AdamW, the same for the same seed; fused on a CUDA GPU, so that no step waits."""
+    """A fresh model and AdamW, the same for the same seed."""
     torch.manual_seed(config.seed)
     model = VQModel(config.model).to(device)
     if not is_cuda(device):  # oneDNN convolutions run fastest so
@@ -108,9 +108,9 @@ def new_state(config, device):
     if config.keep_tokens:
         for part in (model.encoder, model.quant_conv, model.quantize):
             part.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=is_cuda(device)
+        [p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.95),
+        weight_decay=config.weight_decay, fused=is_cuda(device) or device.type == "cpu",
     )
     return TokenizerState(config, model, optimizer, torch.zeros(config.model.vocab_size, device=device))
 

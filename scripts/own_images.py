@@ -30,9 +30,10 @@ from util.token_cache import names_digest
 REPO = Path(__file__).resolve().parents[1]
 COLOUR = REPO / "assets/colour"  # a tokenizer, 8 pixels a token, of images of any size; an LPD of its tokens
 SHIPPED = "lpd_micro"  # the size of that LPD
-TUNING = 300  # steps of the tokenizer on a CPU
-DECIBELS = {0: 19.8, 79: 20.2, 300: 20.7}  # by such steps: PSNR of held-out emoji
-POOR = 1000  # steps of LPD from nothing; fewer give textures instead of things
+RECIPE = 2  # changes with what is chosen: folders of others are refused
+TUNING = 3000  # steps of the tokenizer on a CPU
+DECIBELS = {0: 19.8, 600: 20.9}  # by such steps with its tokens kept: PSNR of held-out emoji
+POOR = 1000  # steps of LPD; fewer give textures instead of things
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 
 
@@ -66,13 +67,14 @@ def choose(args, num_images, device):
     gpu, size = is_cuda(device), args.img_size
     if size and size % 8:
         raise ValueError(f"--img_size {size} is not a multiple of the 8 pixels of a token")
+    model = name or (("lpd_tiny" if few else "lpd_small") if gpu else SHIPPED)
     shape = {"img_size": size or 128, "batch_size": 64} if gpu else {"img_size": size or 64, "batch_size": 8}
-    tokenizer = {"pretrained_ckpt": str(COLOUR / "tokenizer.safetensors"), **shape, "lr": 3e-4}
-    if (name or gpu or SHIPPED) == SHIPPED:
-        start = {"pretrained_ckpt": str(COLOUR / "lpd.safetensors"), "batch_size": 8, "lr": 1e-3}
-        return {**tokenizer, "keep_tokens": True}, {"model": SHIPPED, **start}
-    model, rate = ("lpd_tiny", 1.5e-3) if few else ("lpd_small", 7.5e-4)
-    return tokenizer, {"model": name or model, "batch_size": 32 if few else 64, "lr": rate}
+    start = {"pretrained_ckpt": str(COLOUR / "tokenizer.safetensors"), "keep_tokens": model == SHIPPED}
+    if model == SHIPPED:
+        lpd = {"pretrained_ckpt": str(COLOUR / "lpd.safetensors"), "batch_size": 8, "lr": 1e-3}
+    else:
+        lpd = {"batch_size": 32 if few else 64, "lr": 1.5e-3 if few or not gpu else 7.5e-4}
+    return {**start, **shape, "lr": 5e-4}, {"model": model, **lpd}
 
 
 def start_from_published(name="lpd_l_256"):
@@ -99,7 +101,7 @@ def made_for(args, folder):
     """What a recipe must not be used without."""
     given = ("no_mirror", "background", "published_reading", "model", "img_size")
     names = {"images": len(folder), "names_digest": names_digest(folder.names)}
-    return {name: getattr(args, name) for name in given} | names
+    return {"recipe": RECIPE, **{name: getattr(args, name) for name in given}, **names}
 
 
 def new_recipe(args, folder, device):
@@ -133,15 +135,15 @@ def say_what_to_expect(plan):
         steps, how = epochs * n / flags["batch_size"], f"in {'bfloat16' if flags['bf16'] else 'float32'}"
         planned = f"{steps:,.0f} steps, {epochs:g} epochs of {n:,} images, {rate:.1f} a second {how}"
         print(f"{name}: about {seconds[name] / 60:.0f} minutes, {planned}")
-        if name == "tokenizer":
+        if flags.get("keep_tokens"):
             decibels = np.interp(steps, [*DECIBELS], [*DECIBELS.values()])
             print(f"expected of it: {decibels:.1f} dB on held-out images, measured on emoji of 64 pixels")
 
 
 def warn_of_poor_pictures(plan, labels):
-    """Say so if a model from nothing has few steps, or few images, whose labels these are."""
+    """Say so if a model has few steps, or few images, whose labels these are. Published ones need fewer."""
     flags, n, least = plan.recipe["lpd"], len(labels), np.bincount(labels).min()
-    if "pretrained_ckpt" in flags:
+    if not plan.recipe["tokenizer"]:
         return
     if plan.epochs() * n / flags["batch_size"] < POOR:
         seconds = plan.tuning() + OVERHEAD * POOR * flags["batch_size"] / plan.recipe["rates"]["lpd"]

@@ -18,7 +18,7 @@ from util.device import is_cuda, synchronize
 from util.distributed import World
 from util.logging import read_metrics
 
-SHARE, TUNED = 0.35, 100  # of the time, and epochs: the most that a tokenizer is tuned for
+SHARE, TUNED = 0.25, 100  # of the time, and epochs: the most that a tokenizer is tuned for
 FIRST, GROWN = 0.5, 1.15  # of the epochs that fit, until a training shows its rate; more are worth a restart
 OVERHEAD, START = 1.1, 10  # of a run over its steps: data, validation, checkpoints; seconds until it trains
 MOST_EPOCHS = 300  # of LPD; more do not help
@@ -73,7 +73,8 @@ def tokenizer_step(recipe, bf16, device):
     flags = recipe["tokenizer"]
     size, batch = flags["img_size"], flags["batch_size"]
     model = config_of(flags["pretrained_ckpt"])
-    config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, warmup_steps=0)
+    fixed = {"keep_tokens": flags["keep_tokens"], "warmup_steps": 0}
+    config = train_tokenizer.TokenizerTrainConfig(model, size, batch_size=batch, bf16=bf16, **fixed)
     state = train_tokenizer.new_state(config, device)
     pixels = torch.rand(batch, 3, size, size, device=device) * 2 - 1
     return lambda: train_tokenizer.train_step(state, state.model, pixels, 10**6)

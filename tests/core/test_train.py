@@ -221,7 +221,9 @@ def snapshot(state):
 @pytest.mark.parametrize("extra", [lambda w: math.inf, lambda w: (0 * w.sum()).sqrt()])
 def test_a_step_with_a_non_finite_loss_or_gradient_changes_nothing(extra, fused, monkeypatch):
     """Even if the other of the two is finite; sqrt has an infinite gradient at 0."""
-    state, plain = new_state(CONFIG, ALONE.device, fused=fused), LPD.loss
+    state, plain = new_state(CONFIG, ALONE.device), LPD.loss
+    for group in state.optimizer.param_groups:
+        group["fused"] = fused
     steps_of(state, 1)
     before = snapshot(state)
     with monkeypatch.context() as patch:
@@ -262,7 +264,7 @@ class HostReads(TorchDispatchMode):
 def test_a_step_reads_nothing_back_from_the_device(monkeypatch):
     """The draws are made on the host beforehand. Fused AdamW, because the plain one counts steps there."""
     config = dataclasses.replace(CONFIG, ema=0.9, model=dataclasses.replace(MODEL, label_drop_prob=0.1))
-    state, draws = new_state(config, ALONE.device, fused=True), draw_step(CONFIG, 0)
+    state, draws = new_state(config, ALONE.device), draw_step(CONFIG, 0)
     monkeypatch.setattr(engine.train, "draw_step", lambda *_: draws)
     means, batch = RunningMeans(), iter([four_images()])
     with HostReads() as reads:
