@@ -12,6 +12,9 @@ import torch
 from helpers import call, call_main, picture
 from processes import finished
 
+from models.lpd import LPD, LPD_CONFIGS
+from models.vqgan import VQModel
+from models.weights import state_digest
 from scripts import own_images, plan
 from util.files import read_json, write_json
 from util.folders import split_folder
@@ -80,6 +83,14 @@ def test_size_of_the_model_follows_images_and_device():
     args.img_size = 60
     with pytest.raises(ValueError, match="--img_size 60 is not a multiple of the 8"):
         own_images.choose(args, 100, CPU)
+
+
+def test_shipped_weights_are_a_pair():
+    tokenizer, _ = VQModel.load(own_images.COLOUR / "tokenizer.safetensors")
+    lpd, info = LPD.load(own_images.COLOUR / "lpd.safetensors")
+    assert info["tokenizer_digest"] == state_digest(tokenizer)
+    assert lpd.config.vocab_size == tokenizer.config.vocab_size
+    assert lpd.config.embed_dim == LPD_CONFIGS[own_images.SHIPPED].embed_dim
 
 
 def test_tokenizer_is_tuned_for_a_quarter_of_little_time_and_no_longer_than_that_helps():
