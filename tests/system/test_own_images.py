@@ -101,7 +101,7 @@ def test_tokenizer_is_tuned_for_a_quarter_of_little_time_and_no_longer_than_that
 
 
 def test_what_to_expect_is_said_of_as_many_steps_as_fit(capsys):
-    for minutes, steps, expected in ((1, 27, 19.8), (30, 814, 20.9)):
+    for minutes, steps, expected in ((1, 27, 19.8), (30, 814, 21.0)):
         own_images.say_what_to_expect(plan_for(minutes))
         tokenizer, decibels, lpd = capsys.readouterr().out.splitlines()
         assert f"{steps} steps" in tokenizer and lpd.startswith("lpd: about ")
@@ -113,7 +113,7 @@ def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
     labels = [0] * 1000 + [1] * 808
     own_images.warn_of_poor_pictures(plan_for(3), labels)
     out = capsys.readouterr().out
-    assert "poor below 1,000 steps of LPD: give --minutes " in out and "are few" not in out
+    assert "poor below 2,000 steps of LPD: give --minutes " in out and "are few" not in out
     enough = plan_for(int(out.split("--minutes ")[1]))
     own_images.warn_of_poor_pictures(enough, labels)
     assert capsys.readouterr().out == ""
