@@ -91,7 +91,7 @@ def variant(args, config, world, name):
     build = partial(LPD, execution=Execution(**chosen))
     if name == "fast":
         build = partial(compiled_lpd, device=world.device, bf16=args.bf16, **chosen)
-    state = new_state(config, world.device, build, fused=name == "fast")
+    state = new_state(config, world.device, build)
     state.model.train()
     loss_of = state.model.loss
     if world.size > 1:
