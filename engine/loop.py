@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.checkpoint import LAST, save_checkpoint
 from util import distributed
 from util.cli import setting
-from util.device import AsyncCopy, matmul_rate, peak_memory
+from util.device import AsyncCopy, is_cuda, matmul_rate, peak_memory
 from util.files import write_json
 
 SAVE_SECONDS = 300  # between checkpoints, unless their frequency is given
@@ -254,6 +254,12 @@ def count_operations(loss_of_one):
 def backward(loss):
     """Gradients of a scalar loss; all NaN if the loss is not finite."""
     loss.backward(torch.where(loss.isfinite(), 1.0, float("nan")).to(loss.dtype))
+
+
+def adamw(parameters, device, **settings):
+    """AdamW as all trainings use it; fused where that is known to skip a non-finite step without a wait."""
+    fused = is_cuda(device) or device.type == "cpu"
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=fused, **settings)
 
 
 def optimizer_step(state, lr, max_norm):

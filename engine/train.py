@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps, own_part
 from engine.likelihood import token_nll
-from engine.loop import NonFiniteGuard, TrainingLoop, backward, count_operations, optimizer_step
+from engine.loop import NonFiniteGuard, TrainingLoop, adamw, backward, count_operations, optimizer_step
 from models.lpd import LPD, LPDConfig
 from models.weights import save_weights
 from orders.schedule import cosine_group_sizes, in_brief
 from util import distributed
 from util.cli import setting
-from util.device import is_cuda, to_device
+from util.device import to_device
 
 VAL_IMAGES = 512  # of a validation
 VAL_TOKENS = 8192  # of one forward pass of a validation
@@ -139,15 +139,13 @@ class TrainState:
 
 def new_state(config, device, build=LPD):
     """A fresh model, `build(config.model)`, and AdamW without weight decay on biases, norms and other
-    vectors. AdamW is fused: skipping a non-finite step then waits for nothing, and it is faster."""
+    vectors."""
     torch.manual_seed(config.seed)
     model = build(config.model).to(device)
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     others = [p for p in model.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), fused=is_cuda(device) or device.type == "cpu",
-    )
+    decayed = {"params": others, "weight_decay": config.weight_decay}
+    optimizer = adamw([decayed, {"params": vectors, "weight_decay": 0.0}], device, lr=config.lr)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     return TrainState(config, model, optimizer, ema)
 

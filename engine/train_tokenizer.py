@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import checkpoint_of, restore
 from engine.data import ImageStream, num_steps
-from engine.loop import NonFiniteGuard, TrainingLoop, backward, count_operations, optimizer_step
+from engine.loop import NonFiniteGuard, TrainingLoop, adamw, backward, count_operations, optimizer_step
 from models.vqgan import VQConfig, VQModel
 from models.weights import TOKENIZER, save_weights
 from util import distributed, pictures
@@ -40,7 +40,7 @@ class TokenizerTrainConfig:
     revive_every: int = 50
     bf16: bool = setting(False, "bfloat16; default: float32")
     no_mirror: bool = setting(False, "never mirror images, such as text or flags")
-    keep_tokens: bool = setting(False, "train the decoder only: LPD weights and token caches stay valid")
+    keep_tokens: bool = setting(False, "train the decoder only: tokens, and what LPD knows of them, stay")
     seed: int = 0
 
     def for_images(self, num_images):
@@ -108,10 +108,8 @@ def new_state(config, device):
     if config.keep_tokens:
         for part in (model.encoder, model.quant_conv, model.quantize):
             part.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.95),
-        weight_decay=config.weight_decay, fused=is_cuda(device) or device.type == "cpu",
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw(trained, device, lr=config.lr, weight_decay=config.weight_decay)
     return TokenizerState(config, model, optimizer, torch.zeros(config.model.vocab_size, device=device))
 
 
