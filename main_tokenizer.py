@@ -23,7 +23,7 @@ SIZES = {  # of a VQConfig, in words
     "vocab_size": "codes", "code_dim": "numbers of a code", "base_width": "channels at full resolution",
     "multipliers": "channels at each resolution, in base widths; k of them: 2^(k-1) pixels a token",
     "num_res_blocks": "residual blocks at each resolution", "z_channels": "channels of the coarsest",
-    "groups": "of GroupNorm",
+    "groups": "of GroupNorm", "patch": "pixels a token, by one linear layer, for networks at the tokens' resolution",
 }
 
 
@@ -37,7 +37,8 @@ def parse_args(argv=None):
         several = {"nargs": "+"} if name == "multipliers" else {}
         shown = " ".join(map(str, default)) if several else default
         words = f"{SIZES[name]}; default: {shown}"
-        add(f"--{name}", type=cli.number(int, 1, 65536), help=words, **several)
+        least = 0 if name == "patch" else 1
+        add(f"--{name}", type=cli.number(int, least, 65536), help=words, **several)
     cli.add_settings(parser, TokenizerTrainConfig)
     add("--save_every", type=cli.number(int, 1), help="steps between checkpoints; default: every 5 minutes")
     cli.add_seed_flag(parser)

@@ -133,17 +133,22 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 @torch.no_grad()
 def revive_dead_codes(state, latents):
-    """Move each code unused since the last call to a random latent of this batch (of rank 0)."""
+    """Move each code unused since the last call to a latent of this batch (of rank 0), drawn in proportion to its
+    squared distance from its code, as k-means++ (Arthur and Vassilvitskii, 2007): else, where half of all pixels
+    are a white background, half of the codes would be."""
     latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(latents, src=0)
         distributed.all_sum(state.code_use)
-    dead = state.code_use == 0
+    codebook, dead = state.model.quantize, state.code_use == 0
+    error = (latents - codebook(codebook.nearest(latents))).square().sum(dim=1)  # [n]
     generator = torch.Generator().manual_seed(state.config.seed * 1_000_003 + state.step)
-    picked = to_device(torch.randint(len(latents), (len(dead),), generator=generator), latents.device)
-    weight = state.model.quantize.embedding.weight
-    usable = dead & latents[picked].isfinite().all(dim=1)
-    weight.copy_(torch.where(usable[:, None], latents[picked], weight))
+    noise = to_device(torch.empty(len(latents)).exponential_(generator=generator), latents.device)
+    drawn = (error.nan_to_num(0.0) / noise).argsort(descending=True)  # weighted, without replacement
+    moved = latents[drawn[(dead.cumsum(0) - 1) % len(drawn)]]  # [V, code_dim], the k-th dead code to the k-th
+    usable = dead & moved.isfinite().all(dim=1)
+    weight = codebook.embedding.weight
+    weight.copy_(torch.where(usable[:, None], moved, weight))
     state.code_use.zero_()
 
 

@@ -18,7 +18,8 @@ from models.weights import TOKENIZER, USUAL, Pretrained
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels."""
+    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels. With a `patch` the networks
+    work at the resolution of the tokens only, in z_channels; base_width and multipliers are not used then."""
 
     vocab_size: int = 16384
     code_dim: int = 8
@@ -27,11 +28,13 @@ class VQConfig:
     num_res_blocks: int = 2
     z_channels: int = 256
     groups: int = 32
+    patch: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))  # JSON gives a list
-        if self.base_width % self.groups:
-            raise ValueError(f"base_width {self.base_width} is not a multiple of {self.groups} (GroupNorm)")
+        name = "z_channels" if self.patch else "base_width"
+        if (width := getattr(self, name)) % self.groups:
+            raise ValueError(f"{name} {width} is not a multiple of {self.groups} (GroupNorm)")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive ints, not {self.multipliers}")
         if not 1 <= self.vocab_size <= 65536:
@@ -42,7 +45,7 @@ class VQConfig:
     @property
     def stride(self):
         """Pixels per token, along one side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch or 2 ** (len(self.multipliers) - 1)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -180,13 +183,39 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
 
 
+class PatchEncoder(nn.Module):
+    """Each patch of pixels a vector, then residual blocks."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch, width = config.patch, config.z_channels
+        self.conv_in = nn.Conv2d(3 * self.patch**2, width, 1)
+        self.blocks = nn.Sequential(*(ResBlock(config.groups, width, width) for _ in range(config.num_res_blocks)))
+
+    def forward(self, x):
+        return self.blocks(self.conv_in(F.pixel_unshuffle(x, self.patch)))  # [B, z_channels, h, w]
+
+
+class PatchDecoder(nn.Module):
+    """Residual blocks, then each vector a patch of pixels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch, width, blocks = config.patch, config.z_channels, config.num_res_blocks + 1
+        self.blocks = nn.Sequential(*(ResBlock(config.groups, width, width) for _ in range(blocks)))
+        self.conv_out = nn.Conv2d(width, 3 * self.patch**2, 1)
+
+    def forward(self, x):
+        return F.pixel_shuffle(self.conv_out(self.blocks(x)), self.patch)  # [B, 3, H, W]
+
+
 class Codebook(nn.Module):
     """V unit vectors of width e, looked up by id or by the nearest vector."""
 
     def __init__(self, vocab_size, code_dim):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, code_dim)
-        nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
+        self.embedding.weight.data = F.normalize(self.embedding.weight)  # short ones have steep gradients
         self.register_buffer("codebook_used", torch.zeros(65536))  # unused, but in the released weights
 
     def forward(self, tokens):
@@ -216,11 +245,11 @@ class VQModel(Pretrained, nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = (PatchEncoder if config.patch else Encoder)(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.quantize = Codebook(config.vocab_size, config.code_dim)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = (PatchDecoder if config.patch else Decoder)(config)
 
     @staticmethod
     def config_of(state, recorded, size):

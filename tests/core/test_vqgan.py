@@ -24,6 +24,21 @@ def test_an_image_has_one_token_per_patch(tiny_vq):
     assert tiny_vq.decode(tokens).shape == (3, 3, 8, 8)
 
 
+def test_networks_of_patches_work_at_the_resolution_of_the_tokens():
+    """The first layer sees each patch by itself."""
+    config = VQConfig(vocab_size=16, code_dim=4, num_res_blocks=1, z_channels=32, groups=1, patch=4)
+    model = VQModel(config)
+    tokens = model.encode(random_pixels(3))
+    assert config.stride == 4 and tokens.shape == (3, 4)
+    assert model.decode(tokens).shape == model(random_pixels(3))[0].shape == (3, 3, 8, 8)
+    seen = []
+    model.encoder.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels = torch.zeros(2, 3, 8, 8)
+    pixels[1, 2, 3, 4] = 1  # in row 0, column 1 of the patches
+    model.encode(pixels)
+    assert (seen[0][0] != seen[0][1]).any(dim=0).nonzero().tolist() == [[0, 1]]
+
+
 def test_tokens_are_in_raster_order(tiny_vq):
     """Token 1 lies in row 0, column 1: changing it changes the decoder's input there and nowhere else."""
     seen = []
@@ -64,7 +79,7 @@ def test_tokens_must_form_a_square(tiny_vq):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"base_width": 48}, {"multipliers": ()}, {"vocab_size": 65537}],
+    [{"base_width": 48}, {"multipliers": ()}, {"vocab_size": 65537}, {"z_channels": 48, "patch": 8}],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_impossible_sizes_are_refused_by_name(wrong):
