@@ -23,7 +23,8 @@ SIZES = {  # of a VQConfig, in words
     "vocab_size": "codes", "code_dim": "numbers of a code", "base_width": "channels at full resolution",
     "multipliers": "channels at each resolution, in base widths; k of them: 2^(k-1) pixels a token",
     "num_res_blocks": "residual blocks at each resolution", "z_channels": "channels of the coarsest",
-    "groups": "of GroupNorm", "patch": "pixels a token, by one linear layer, for networks at the tokens' resolution",
+    "groups": "of GroupNorm",
+    "patch": "pixels a token, if the networks shall work at the tokens' resolution, z_channels wide; else 0",
 }
 
 

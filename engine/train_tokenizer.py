@@ -133,9 +133,9 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 @torch.no_grad()
 def revive_dead_codes(state, latents):
-    """Move each code unused since the last call to a latent of this batch (of rank 0), drawn in proportion to its
-    squared distance from its code, as k-means++ (Arthur and Vassilvitskii, 2007): else, where half of all pixels
-    are a white background, half of the codes would be."""
+    """Move each code unused since the last call to a latent of this batch (of rank 0). The latents are drawn in
+    proportion to their squared distances from their codes, as in k-means++ (Arthur and Vassilvitskii, 2007):
+    evenly, half of the codes would go to a white background that is half of the pixels."""
     latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(latents, src=0)

@@ -18,8 +18,9 @@ from models.weights import TOKENIZER, USUAL, Pretrained
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels. With a `patch` the networks
-    work at the resolution of the tokens only, in z_channels; base_width and multipliers are not used then."""
+    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels. With a `patch`, that many
+    pixels a side are a token, and networks of z_channels work at the resolution of the tokens only; base_width
+    and multipliers are not used then."""
 
     vocab_size: int = 16384
     code_dim: int = 8
@@ -183,27 +184,33 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
 
 
+def res_blocks(config, count):
+    """Residual blocks at the resolution of the tokens."""
+    width = config.z_channels
+    return nn.Sequential(*(ResBlock(config.groups, width, width) for _ in range(count)))
+
+
 class PatchEncoder(nn.Module):
-    """Each patch of pixels a vector, then residual blocks."""
+    """Each patch of pixels becomes a vector, as in a vision transformer; then residual blocks."""
 
     def __init__(self, config):
         super().__init__()
-        self.patch, width = config.patch, config.z_channels
-        self.conv_in = nn.Conv2d(3 * self.patch**2, width, 1)
-        self.blocks = nn.Sequential(*(ResBlock(config.groups, width, width) for _ in range(config.num_res_blocks)))
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * self.patch**2, config.z_channels, 1)
+        self.blocks = res_blocks(config, config.num_res_blocks)
 
     def forward(self, x):
         return self.blocks(self.conv_in(F.pixel_unshuffle(x, self.patch)))  # [B, z_channels, h, w]
 
 
 class PatchDecoder(nn.Module):
-    """Residual blocks, then each vector a patch of pixels."""
+    """Residual blocks; then each vector becomes a patch of pixels."""
 
     def __init__(self, config):
         super().__init__()
-        self.patch, width, blocks = config.patch, config.z_channels, config.num_res_blocks + 1
-        self.blocks = nn.Sequential(*(ResBlock(config.groups, width, width) for _ in range(blocks)))
-        self.conv_out = nn.Conv2d(width, 3 * self.patch**2, 1)
+        self.patch = config.patch
+        self.blocks = res_blocks(config, config.num_res_blocks + 1)
+        self.conv_out = nn.Conv2d(config.z_channels, 3 * self.patch**2, 1)
 
     def forward(self, x):
         return F.pixel_shuffle(self.conv_out(self.blocks(x)), self.patch)  # [B, 3, H, W]
