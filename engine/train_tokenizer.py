@@ -133,7 +133,7 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 @torch.no_grad()
 def revive_dead_codes(state, latents):
-    """Move each code unused since the last call to a latent of this batch (of rank 0). The latents are drawn in
+    """Move each code unused since the last call to a latent of this batch (of rank 0). Latents are drawn in
     proportion to their squared distances from their codes, as in k-means++ (Arthur and Vassilvitskii, 2007):
     evenly, half of the codes would go to a white background that is half of the pixels."""
     latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]

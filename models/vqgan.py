@@ -18,8 +18,8 @@ from models.weights import TOKENIZER, USUAL, Pretrained
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels. With a `patch`, that many
-    pixels a side are a token, and networks of z_channels work at the resolution of the tokens only; base_width
+    """Sizes of a VQ tokenizer. The defaults are VQ-16: one token for 16x16 pixels. With a `patch`, a token is
+    that many pixels a side, and networks of z_channels work at the resolution of the tokens only; base_width
     and multipliers are not used then."""
 
     vocab_size: int = 16384

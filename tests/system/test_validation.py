@@ -182,8 +182,8 @@ def test_tokens_are_kept_while_the_decoder_learns(tmp_path):
 
 
 def test_unused_codes_move_to_latents_that_their_codes_serve_badly():
-    """Half of the latents lie on a code, as those of a white background may. Of the 20 unused codes each other
-    latent gets its own."""
+    """Half of the latents lie on a code, as those of a white background may. Each other one gets one of the
+    20 unused codes."""
     state = train_tokenizer.new_state(TokenizerTrainConfig(helpers.VQ), ALONE.device)
     codebook, (used, dead) = state.model.quantize, (range(44), range(44, 64))
     state.code_use[list(used)] = 1
