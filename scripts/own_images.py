@@ -30,7 +30,7 @@ from util.token_cache import names_digest
 REPO = Path(__file__).resolve().parents[1]
 COLOUR = REPO / "assets/colour"  # a tokenizer, 8 pixels a token, of images of any size; an LPD of its tokens
 SHIPPED = "lpd_micro"  # the size of that LPD
-RECIPE = 2  # changes with what is chosen: folders of others are refused
+RECIPE = 3  # changes with what is chosen: folders of others are refused
 TUNING = 3000  # steps of the tokenizer on a CPU
 DECIBELS = {0: 19.8, 600: 20.9, 701: 21.0}  # by such steps with its tokens kept: PSNR of held-out emoji
 POOR = 2000  # steps of LPD; fewer give colours and textures instead of things
