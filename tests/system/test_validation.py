@@ -168,6 +168,13 @@ def test_tokenizer_starts_from_weights_whose_sizes_count(tmp_path):
     assert outcome.status == 2 and "made with vocab_size 64, now it is 32" in outcome.err
 
 
+def test_networks_of_patches_have_one_width(tmp_path):
+    flags = tokenizer_flags(tmp_path, patch=8, base_width=None, multipliers=None, groups=1, epochs=0)
+    finished(call("tokenizer", *flags))
+    outcome = call("tokenizer", *flags, "--multipliers", 1, 2)
+    assert outcome.status == 2 and "--multipliers has no meaning with patches" in outcome.err
+
+
 def test_tokens_are_kept_while_the_decoder_learns(tmp_path):
     """No code is revived either, and a tokenizer to start from must be given."""
     config = TokenizerTrainConfig(helpers.VQ, keep_tokens=True, revive_every=1, warmup_steps=0)
