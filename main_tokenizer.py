@@ -81,8 +81,9 @@ def model_config(args, pretrained):
     model = dataclasses.replace(base, **stated)
     if pretrained:
         refuse_changes(args.pretrained_ckpt, dataclasses.asdict(base), stated, "leave that flag out")
-    for name in {"base_width", "multipliers"} & stated.keys() if model.patch else ():
-        raise ValueError(f"--{name} has no meaning with patches: their networks are --z_channels wide")
+    unused = [f"--{name}" for name in ("base_width", "multipliers") if model.patch and name in stated]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)}: networks of patches are --z_channels wide, leave that out")
     if args.img_size % model.stride:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of the stride {model.stride}")
     return model

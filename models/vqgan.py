@@ -1,5 +1,5 @@
 """The image tokenizer: LlamaGen's VQ model (arXiv 2406.06525), VQ-16 by default, smaller ones by their
-config.
+config, and with the same codebook one of patches.
 
 The state dict has the keys of the released `vq_ds16_c2i.pt`. B batch, C channels, h = H / stride, L = h * w,
 V codebook size, e code width.

@@ -172,7 +172,7 @@ def test_networks_of_patches_have_one_width(tmp_path):
     flags = tokenizer_flags(tmp_path, patch=8, base_width=None, multipliers=None, groups=1, epochs=0)
     finished(call("tokenizer", *flags))
     outcome = call("tokenizer", *flags, "--multipliers", 1, 2)
-    assert outcome.status == 2 and "--multipliers has no meaning with patches" in outcome.err
+    assert outcome.status == 2 and "--multipliers: networks of patches are --z_channels wide" in outcome.err
 
 
 def test_tokens_are_kept_while_the_decoder_learns(tmp_path):
