@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from engine import published
 from models.weights import find
 from scripts.cli.job import run_until
-from scripts.plan import OVERHEAD, SHARE, Plan, free_share, measure, tuning_epochs
+from scripts.plan import OVERHEAD, SHARE, Plan, free_share, measure, num_processes, tuning_epochs
 from util import folders
 from util.device import choose_device, is_cuda
 from util.distributed import say
@@ -71,7 +72,7 @@ def choose(args, num_images, device):
     shape = {"img_size": size or 128, "batch_size": 64} if gpu else {"img_size": size or 64, "batch_size": 8}
     start = {"pretrained_ckpt": str(COLOUR / "tokenizer.safetensors"), "keep_tokens": model == SHIPPED}
     if model == SHIPPED:
-        lpd = {"pretrained_ckpt": str(COLOUR / "lpd.safetensors"), "batch_size": 8, "lr": 1e-3}
+        lpd = {"pretrained_ckpt": str(COLOUR / "lpd.safetensors"), "batch_size": 16, "lr": 2.5e-3}
         lpd["proj_dropout"] = 0  # on a CPU it takes a quarter of a step of this size
     else:
         lpd = {"batch_size": 32 if few else 64, "lr": 1.5e-3 if few or not gpu else 7.5e-4}
@@ -110,6 +111,7 @@ def new_recipe(args, folder, device):
     tokenizer, lpd = choose(args, len(folder), device)
     lpd["lr_schedule"] = "cosine"
     recipe = {"made_for": made_for(args, folder), "tokenizer": tokenizer, "lpd": lpd, "rates": {}}
+    recipe["processes"] = num_processes(device)
     for name in stages(recipe):
         recipe[name]["no_mirror"] = args.no_mirror
         measure(recipe, name, device)
@@ -157,8 +159,9 @@ def warn_of_poor_pictures(plan, labels):
 # The four programs.
 
 
-def command(args, recipe, program):
-    """The command line of a program, a list of words, without Python."""
+def command(args, recipe, program, python="python", place=Path()):
+    """The command line of a program, a list of words; a training is started by torchrun if several processes
+    share it. place: the folder of this repository."""
     out, tokenizer, lpd = args.output, recipe["tokenizer"], recipe["lpd"]
     vq = f"{out}/tokenizer/tokenizer.safetensors" if tokenizer else lpd["vqgan_path"]
     background = "#{:02x}{:02x}{:02x}".format(*args.background)
@@ -177,7 +180,13 @@ def command(args, recipe, program):
             "overwrite": True,
         },
     }
-    return [program, *words({**flags[program], "device": args.device})]
+    start, own = [python, str(place / program)], {**flags[program], "device": args.device}
+    if "batch_size" in own and (processes := recipe["processes"]) > 1:
+        threads = f"OMP_NUM_THREADS={max(1, torch.get_num_threads() // processes)}"
+        launcher = str(place / "scripts/cli/agent.py"), "--nproc_per_node", str(processes)
+        start = ["env", threads, python, *launcher, start[1]]
+        own["batch_size"] //= processes
+    return [*start, *words(own)]
 
 
 def words(flags):
@@ -193,12 +202,12 @@ def words(flags):
 def run(args, recipe, program, until=lambda: False):
     """Print a program's command and run it, unless --dry_run; it is stopped when `until()` is true. A failure
     ends this program too, with the same status."""
-    line = command(args, recipe, program)
-    print("\npython", shlex.join(line).replace(" --", " \\\n    --"), end="\n\n", flush=True)
+    line = shlex.join(command(args, recipe, program))
+    print("", line.replace(" --", " \\\n    --"), sep="\n", end="\n\n", flush=True)
     if args.dry_run:
         return
     write_json(Path(args.output, "recipe.json"), recipe)
-    status, stopped = run_until(until, [sys.executable, str(REPO / line[0]), *line[1:]])
+    status, stopped = run_until(until, command(args, recipe, program, sys.executable, REPO))
     if status and not stopped:
         sys.exit(status)
 

@@ -1,8 +1,10 @@
 """scripts/own_images.py: what it chooses, the commands it prints, and a run from images to samples."""
 
+import contextlib
 import importlib
 import json
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +31,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(own_images, "free_share", lambda device: 0.5)
 
 
+def program_and_words(line):
+    """`main_NAME.py` and what follows it in the words of a command, whose launcher may be torchrun's."""
+    programs = [Path(word).name for word in line]
+    start = next(i for i, name in enumerate(programs) if name.startswith("main_"))
+    return [programs[start], *line[start + 1 :]]
+
+
 def commands(text):
     """The programs and their words in what was printed."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    return [program_and_words(shlex.split(line)) for line in lines if line.startswith(("python ", "env "))]
 
 
 def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
@@ -42,7 +51,7 @@ def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
     tokenizer, cache, lpd, sample = (
         program.parse_args(words[1:]) for program, words in zip(programs, commands(out), strict=True)
     )
-    assert tokenizer.no_mirror and lpd.no_mirror and lpd.lr == 1e-3 and lpd.model == "lpd_micro"
+    assert tokenizer.no_mirror and lpd.no_mirror and lpd.lr == 2.5e-3 and lpd.model == "lpd_micro"
     assert tokenizer.background == cache.background == (255, 0, 0)
     assert tokenizer.img_size == cache.img_size == lpd.img_size == 32
     starts = tokenizer.pretrained_ckpt, lpd.pretrained_ckpt
@@ -54,12 +63,27 @@ def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
     assert "busy processors, 50% for this" in out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a training is one process")
+@pytest.mark.parametrize("threads, processes, each", [(1, 1, 8), (2, 2, 4), (12, 4, 2)])
+def test_processors_are_shared_by_processes_and_these_share_a_batch(
+    quick, monkeypatch, tmp_path, threads, processes, each
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(plan, "threads_of", lambda processes: contextlib.nullcontext())
+    words = helpers.images(), tmp_path / "out", "--dry_run", "--device", "cpu"
+    out = finished(call_main(own_images.main, *words)).out
+    trainings = [words for words in commands(out) if "--batch_size" in words]
+    assert [words[words.index("--batch_size") + 1] for words in trainings] == [str(each)] * 2
+    launcher = f"env OMP_NUM_THREADS={threads // processes} python scripts/cli/agent.py"
+    assert out.count(launcher) == out.count(f"--nproc_per_node {processes}") == (2 if processes > 1 else 0)
+
+
 def plan_for(minutes, output="out", images=1808):
     """The plan of a recipe whose steps take half a second."""
     tokenizer, lpd = own_images.choose(own_images.parse_args(["data"]), images, CPU)
     tokenizer["bf16"] = lpd["bf16"] = False
-    rates = {"tokenizer": 16.0, "lpd": 64.0}
-    recipe = {"made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd, "rates": rates}
+    made = {"made_for": {"images": images}, "processes": 2, "rates": {"tokenizer": 16.0, "lpd": 64.0}}
+    recipe = {**made, "tokenizer": tokenizer, "lpd": lpd}
     tokenizer["epochs"] = plan.tuning_epochs(recipe, own_images.TUNING, 60 * minutes)
     return plan.Plan(recipe, Path(output), 60.0 * minutes)
 
@@ -179,7 +203,8 @@ def small(quick, monkeypatch):
     lpd = {"model": lpd["model"], "batch_size": 6, "lr": 1e-3}  # from nothing
 
     def run_until(due, words):
-        return finished(call(Path(words[1]).stem.removeprefix("main_"), *words[2:])).status, False
+        program, *words = program_and_words(words)
+        return finished(call(Path(program).stem.removeprefix("main_"), *words)).status, False
 
     monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
     monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
