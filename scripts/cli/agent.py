@@ -46,7 +46,7 @@ def report(error):
 
 def main():
     args = parse_args(sys.argv[1:])
-    if args.nnodes == "1":  # nobody else needs to know the port: the kernel chooses it
+    if args.nnodes in ("1", "1:1"):  # nobody else needs to know the port: the kernel chooses it
         args.rdzv_backend, args.rdzv_endpoint, args.local_addr = "c10d", "127.0.0.1:0", "127.0.0.1"
     config, program, words = config_from_args(args)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
