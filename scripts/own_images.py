@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from engine import published
+from engine.train_tokenizer import evaluate_tokenizer
+from models.vqgan import VQModel
 from models.weights import find
 from scripts.cli.job import run_until
 from scripts.plan import OVERHEAD, SHARE, Plan, free_share, measure, num_processes, tuning_epochs
 from util import folders
 from util.device import choose_device, is_cuda
-from util.distributed import say
+from util.distributed import World, say
 from util.files import read_json, refuse_changes, write_json
 from util.logging import read_metrics
 from util.token_cache import names_digest
@@ -33,8 +35,10 @@ COLOUR = REPO / "assets/colour"  # a tokenizer, 8 pixels a token, of images of a
 SHIPPED = "lpd_micro"  # the size of that LPD
 RECIPE = 3  # changes with what is chosen: folders of others are refused
 TUNING = 3000  # steps of the tokenizer on a CPU
-DECIBELS = {0: 22.0, 600: 22.6, 1987: 22.8}  # by such steps with its tokens kept: PSNR of held-out emoji
-POOR = 2000  # steps of LPD; fewer give colours and textures instead of things
+GAINED = {0: 0.0, 600: 0.6, 1987: 0.8}  # dB by such steps with its tokens kept, of held-out emoji
+BLURRED = 19  # dB
+PROBED = 64  # images that the tokenizer is tried on before
+POOR = 1000  # steps of LPD; fewer give colours and textures instead of things
 SAMPLING = {"generation_steps": 32, "cfg": 3.0, "top_p": 0.9}
 
 
@@ -106,8 +110,8 @@ def made_for(args, folder):
     return {"recipe": RECIPE, **{name: getattr(args, name) for name in given}, **names}
 
 
-def new_recipe(args, folder, device):
-    """What is trained, with precisions and rates as measured now."""
+def new_recipe(args, folder, held_out, device):
+    """What is trained, with precisions and rates as measured now, and what the tokenizer gives before."""
     tokenizer, lpd = choose(args, len(folder), device)
     lpd["lr_schedule"] = "cosine"
     recipe = {"made_for": made_for(args, folder), "tokenizer": tokenizer, "lpd": lpd, "rates": {}}
@@ -120,7 +124,18 @@ def new_recipe(args, folder, device):
     if tokenizer:
         steps = 3 * TUNING if is_cuda(device) else TUNING
         tokenizer["epochs"] = tuning_epochs(recipe, steps, 60 * args.minutes)
+        recipe["decibels"] = decibels(args, tokenizer, held_out or folder, device)
     return recipe
+
+
+def decibels(args, flags, images, device):
+    """Mean PSNR of the tokenizer that is to be tuned, of PROBED images at most, evenly spaced."""
+    probed = np.isin(np.arange(len(images)), np.linspace(0, len(images) - 1, PROBED).astype(int))
+    images, size = images.subset(probed), flags["img_size"]
+    if args.skip_unreadable:
+        images = folders.without_unreadable(images, size, World(0, 1, device), 0)
+    model = VQModel.load(flags["pretrained_ckpt"])[0].to(device)
+    return evaluate_tokenizer(model, images, size, device)[0]["psnr"]
 
 
 def stages(recipe):
@@ -139,8 +154,10 @@ def say_what_to_expect(plan):
         planned = f"{steps:,.0f} steps, {epochs:g} epochs of {n:,} images, {rate:.1f} a second {how}"
         print(f"{name}: about {seconds[name] / 60:.0f} minutes, {planned}")
         if flags.get("keep_tokens"):
-            decibels = np.interp(steps, [*DECIBELS], [*DECIBELS.values()])
-            print(f"expected of it: {decibels:.1f} dB on held-out images, measured on emoji of 64 pixels")
+            before, gained = recipe["decibels"], np.interp(steps, [*GAINED], [*GAINED.values()])
+            print(f"expected of it: {before + gained:.1f} dB, {before:.1f} now and {gained:.1f} as on emoji")
+            if before + gained < BLURRED:
+                print(f"warning: pictures are blurred below {BLURRED} dB: a larger --img_size may help")
 
 
 def warn_of_poor_pictures(plan, labels):
@@ -249,7 +266,7 @@ def main(argv=None):
         beside = None if args.dry_run else kept.parent / "cache"  # where main_cache.py looks for it
         folder, held_out = folders.split_folder(args.data, reading=cli.reading(args), beside=beside)
         say(folders.summary(args.data, folder.class_names, folder, held_out, folder.left_out))
-        recipe = read_json(kept) if kept.exists() else new_recipe(args, folder, device)
+        recipe = read_json(kept) if kept.exists() else new_recipe(args, folder, held_out, device)
         refuse_changes(kept, recipe.get("made_for"), made_for(args, folder), "give another OUTPUT")
     plan = Plan(recipe, kept.parent, 60 * args.minutes)
     say_what_to_expect(plan)

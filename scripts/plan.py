@@ -66,7 +66,7 @@ def num_processes(device):
 def threads_of(processes):
     """Inside it this process computes with as many threads as each of several has."""
     every = torch.get_num_threads()
-    torch.set_num_threads(every // processes)
+    torch.set_num_threads(max(1, every // processes))
     try:
         yield
     finally:

@@ -180,7 +180,7 @@ def background(*words, **pipes):
 
 def agent(count, *words):
     """Run a program's processes under scripts/cli/agent.py."""
-    return python(REPO / "scripts/cli/agent.py", "--nnodes", 1, "--nproc_per_node", count, *words)
+    return python(REPO / "scripts/cli/agent.py", "--nproc_per_node", count, *words)
 
 
 def free_port():

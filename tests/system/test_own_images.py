@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 def quick(monkeypatch):
     """Steps are not timed: they take half a second, on processors of which half is busy."""
     monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 0.5))
-    monkeypatch.setattr(own_images, "free_share", lambda device: 0.5)
+    for module in (own_images, plan):
+        monkeypatch.setattr(module, "free_share", lambda device: 0.5)
 
 
 def program_and_words(line):
@@ -64,26 +65,27 @@ def test_printed_commands_are_those_of_the_four_programs(quick, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a training is one process")
-@pytest.mark.parametrize("threads, processes, each", [(1, 1, 8), (2, 2, 4), (12, 4, 2)])
+@pytest.mark.parametrize("threads, processes", [(1, 1), (2, 2), (12, 4)])
 def test_processors_are_shared_by_processes_and_these_share_a_batch(
-    quick, monkeypatch, tmp_path, threads, processes, each
+    quick, monkeypatch, tmp_path, threads, processes
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(plan, "threads_of", lambda processes: contextlib.nullcontext())
     words = helpers.images(), tmp_path / "out", "--dry_run", "--device", "cpu"
     out = finished(call_main(own_images.main, *words)).out
     trainings = [words for words in commands(out) if "--batch_size" in words]
-    assert [words[words.index("--batch_size") + 1] for words in trainings] == [str(each)] * 2
+    batches = [int(words[words.index("--batch_size") + 1]) for words in trainings]
+    assert batches == [8 // processes, 16 // processes]
     launcher = f"env OMP_NUM_THREADS={threads // processes} python scripts/cli/agent.py"
     assert out.count(launcher) == out.count(f"--nproc_per_node {processes}") == (2 if processes > 1 else 0)
 
 
-def plan_for(minutes, output="out", images=1808):
+def plan_for(minutes, output="out", images=1808, decibels=20.0):
     """The plan of a recipe whose steps take half a second."""
     tokenizer, lpd = own_images.choose(own_images.parse_args(["data"]), images, CPU)
     tokenizer["bf16"] = lpd["bf16"] = False
-    made = {"made_for": {"images": images}, "processes": 2, "rates": {"tokenizer": 16.0, "lpd": 64.0}}
-    recipe = {**made, "tokenizer": tokenizer, "lpd": lpd}
+    recipe = {"made_for": {"images": images}, "tokenizer": tokenizer, "lpd": lpd}
+    recipe |= {"rates": {"tokenizer": 16.0, "lpd": 64.0}, "processes": 2, "decibels": decibels}
     tokenizer["epochs"] = plan.tuning_epochs(recipe, own_images.TUNING, 60 * minutes)
     return plan.Plan(recipe, Path(output), 60.0 * minutes)
 
@@ -125,11 +127,13 @@ def test_tokenizer_is_tuned_for_a_quarter_of_little_time_and_no_longer_than_that
 
 
 def test_what_to_expect_is_said_of_as_many_steps_as_fit(capsys):
-    for minutes, steps, expected in ((1, 27, 22.0), (30, 814, 22.6)):
+    for minutes, steps, expected in ((1, 27, 20.0), (30, 814, 20.6)):
         own_images.say_what_to_expect(plan_for(minutes))
         tokenizer, decibels, lpd = capsys.readouterr().out.splitlines()
         assert f"{steps} steps" in tokenizer and lpd.startswith("lpd: about ")
-        assert f"{expected} dB" in decibels
+        assert f"{expected} dB, 20.0 now" in decibels
+    own_images.say_what_to_expect(plan_for(1, decibels=18.9))
+    assert "blurred below 19 dB" in capsys.readouterr().out
 
 
 def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
@@ -137,7 +141,7 @@ def test_poor_pictures_are_announced_with_the_minutes_that_would_do(capsys):
     labels = [0] * 1000 + [1] * 808
     own_images.warn_of_poor_pictures(plan_for(3), labels)
     out = capsys.readouterr().out
-    assert "poor below 2,000 steps of LPD: give --minutes " in out and "are few" not in out
+    assert "poor below 1,000 steps of LPD: give --minutes " in out and "are few" not in out
     enough = plan_for(int(out.split("--minutes ")[1]))
     own_images.warn_of_poor_pictures(enough, labels)
     assert capsys.readouterr().out == ""
@@ -187,7 +191,7 @@ def test_recipe_serves_the_images_that_it_was_made_for(quick, tmp_path):
     train, out = split_folder(tmp_path / "data")[0], tmp_path / "out"
     words = [tmp_path / "data", out, "--dry_run"]
     args = own_images.parse_args([str(word) for word in words])
-    write_json(out / "recipe.json", own_images.new_recipe(args, train, CPU))
+    write_json(out / "recipe.json", own_images.new_recipe(args, train, None, CPU))
     finished(call_main(own_images.main, *words, "--minutes", 99))
     (train.root / train.names[0]).unlink()
     outcome = call_main(own_images.main, *words, "--no_mirror")
@@ -197,21 +201,22 @@ def test_recipe_serves_the_images_that_it_was_made_for(quick, tmp_path):
 
 @pytest.fixture
 def small(quick, monkeypatch):
-    """16 tokens and small models for a few steps; the programs are called."""
+    """16 tokens and small models for a few steps."""
     tokenizer, lpd = own_images.choose(own_images.parse_args(["data", "--model", "lpd_micro"]), 18, CPU)
     tokenizer |= {"img_size": 16, "pretrained_ckpt": str(helpers.tokenizer()), "batch_size": 6}
     lpd = {"model": lpd["model"], "batch_size": 6, "lr": 1e-3}  # from nothing
-
-    def run_until(due, words):
-        program, *words = program_and_words(words)
-        return finished(call(Path(program).stem.removeprefix("main_"), *words)).status, False
-
     monkeypatch.setattr(own_images, "choose", lambda *_: (dict(tokenizer), dict(lpd)))
     monkeypatch.setattr(own_images, "SAMPLING", {**own_images.SAMPLING, "generation_steps": 8})
-    monkeypatch.setattr(own_images, "run_until", run_until)
 
 
-def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path):
+def run_here(due, words):
+    """As `run_until`, in this process."""
+    program, *words = program_and_words(words)
+    return finished(call(Path(program).stem.removeprefix("main_"), *words)).status, False
+
+
+def test_images_become_samples_and_the_recipe_is_kept(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(own_images, "run_until", run_here)
     words = helpers.images(), tmp_path, "--device", "cpu", "--minutes", "0.1"
     out = finished(call_main(own_images.main, *words)).out
     assert "loss: " in out and "held-out images" in out
@@ -222,3 +227,13 @@ def test_images_become_samples_and_the_recipe_is_kept(small, tmp_path):
     last = {words[0]: words for words in commands(out)}  # a training may have grown
     assert len(last) == 4 and commands(again) == [*last.values()][1:]
     assert read_json(tmp_path / "recipe.json") == kept
+
+
+@pytest.mark.long
+def test_two_processes_share_the_trainings(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(own_images, "num_processes", lambda device: 2)
+    finished(call_main(own_images.main, helpers.images(), tmp_path, "--device", "cpu", "--minutes", "0.1"))
+    for name in ("tokenizer", "lpd"):
+        runs = [json.loads(line) for line in (tmp_path / name / "runs.jsonl").read_text().splitlines()]
+        assert {(run["processes"], "--batch_size 3" in run["command"]) for run in runs} == {(2, True)}
+    assert picture(tmp_path / "samples/grid.png").std() > 0
