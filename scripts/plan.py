@@ -23,7 +23,8 @@ from util.logging import read_metrics
 
 SHARE, TUNED = 0.25, 100  # of the time, and epochs: the most that a tokenizer is tuned for
 FIRST, GROWN = 0.5, 1.15  # of the epochs that fit, until a training shows its rate; more are worth a restart
-OVERHEAD, START = 1.1, 10  # of a run over its steps: data, validation, checkpoints; seconds until it trains
+OVERHEAD, START = 1.1, 10  # of a run over its steps: validation, checkpoints; seconds until it trains
+READING = 1.4  # of a tokenizer's steps on a CPU over timed ones: its images are read on the same processors
 MOST_EPOCHS = 300  # of LPD; more do not help
 
 
@@ -119,6 +120,7 @@ def measure(recipe, name, device):
     make_step = {"tokenizer": tokenizer_step, "lpd": lpd_step}[name]
     with threads_of(recipe["processes"]):
         bf16, step = faster(lambda bf16: make_step(recipe, bf16, device), device)
+    step *= READING if name == "tokenizer" and not is_cuda(device) else 1
     share = free_share(device) if recipe["processes"] > 1 else 1
     recipe[name]["bf16"], recipe["rates"][name] = bf16, share * recipe[name]["batch_size"] / step
 
