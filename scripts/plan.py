@@ -43,7 +43,7 @@ def seconds(step, device):
 
 def faster(make_step, device, least=3.0):
     """The precision whose steps cost less processor time, which other programs hardly change: whether it is
-    bfloat16, and the wall time of such a step."""
+    bfloat16, and the wall time and processor time of such a step."""
     steps = {bf16: make_step(bf16) for bf16 in (False, True)}
     first = {bf16: seconds(step, device)[1] for bf16, step in steps.items()}
     if first[True] > 4 * first[False]:  # emulated: nobody needs to wait for a second step
@@ -53,7 +53,7 @@ def faster(make_step, device, least=3.0):
         for bf16, step in steps.items():
             times[bf16].append(seconds(step, device))
     bf16 = min(times, key=lambda kind: min(own for _, own in times[kind]))
-    return bf16, np.mean([wall for wall, _ in times[bf16]])
+    return bf16, *np.mean(times[bf16], axis=0)
 
 
 def num_processes(device):
@@ -116,13 +116,15 @@ def lpd_step(recipe, bf16, device):
 
 def measure(recipe, name, device):
     """Choose a training's precision, and note its images a second as things are now. Of several processes one
-    is timed, which takes whatever is free; all together have the share that is free of all."""
+    is timed, by its processor time, of which each then has the share that is free."""
     make_step = {"tokenizer": tokenizer_step, "lpd": lpd_step}[name]
     with threads_of(recipe["processes"]):
-        bf16, step = faster(lambda bf16: make_step(recipe, bf16, device), device)
+        bf16, step, own = faster(lambda bf16: make_step(recipe, bf16, device), device)
+        own /= torch.get_num_threads()
+    if recipe["processes"] > 1:
+        step = own / free_share(device)
     step *= READING if name == "tokenizer" and not is_cuda(device) else 1
-    share = free_share(device) if recipe["processes"] > 1 else 1
-    recipe[name]["bf16"], recipe["rates"][name] = bf16, share * recipe[name]["batch_size"] / step
+    recipe[name]["bf16"], recipe["rates"][name] = bf16, recipe[name]["batch_size"] / step
 
 
 # How many epochs fit.

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def quick(monkeypatch):
     """Steps are not timed: they take half a second, on processors of which half is busy."""
-    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 0.5))
+    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 0.5, 0.5))
     for module in (own_images, plan):
         monkeypatch.setattr(module, "free_share", lambda device: 0.5)
 
@@ -181,7 +181,7 @@ def test_precision_is_the_one_of_less_processor_time(monkeypatch):
     times = {False: [(9.0, 3.0)], True: [(2.0, 4.0)]}  # wall, processor
     monkeypatch.setattr(plan, "seconds", lambda step, device: step())
     found = plan.faster(lambda bf16: iter(times[bf16] * 10**6).__next__, CPU, least=1e-3)
-    assert found == (False, 9)
+    assert found == (False, 9, 3)
     slow = {False: [(1.0, 1.0)] * 10**6, True: [(50.0, 50.0)]}
     assert not plan.faster(lambda bf16: iter(slow[bf16]).__next__, CPU, least=1e-3)[0]
 
