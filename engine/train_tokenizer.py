@@ -133,22 +133,18 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 @torch.no_grad()
 def revive_dead_codes(state, latents):
-    """Move each code unused since the last call to a latent of this batch (of rank 0). Latents are drawn in
-    proportion to their squared distances from their codes, as in k-means++ (Arthur and Vassilvitskii, 2007):
-    evenly, half of the codes would go to a white background that is half of the pixels."""
+    """Move each code unused since the last call to a random latent of this batch (of rank 0). Draws in
+    proportion to the distance from the latents' codes, as in k-means++, gave no better pictures."""
     latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(latents, src=0)
         distributed.all_sum(state.code_use)
-    codebook, dead = state.model.quantize, state.code_use == 0
-    error = (latents - codebook(codebook.nearest(latents))).square().sum(dim=1)  # [n]
+    dead = state.code_use == 0
     generator = torch.Generator().manual_seed(state.config.seed * 1_000_003 + state.step)
-    noise = to_device(torch.empty(len(latents)).exponential_(generator=generator), latents.device)
-    drawn = (error.nan_to_num(0.0) / noise).argsort(descending=True)  # weighted, without replacement
-    moved = latents[drawn[(dead.cumsum(0) - 1) % len(drawn)]]  # [V, code_dim], the k-th dead code to the k-th
-    usable = dead & moved.isfinite().all(dim=1)
-    weight = codebook.embedding.weight
-    weight.copy_(torch.where(usable[:, None], moved, weight))
+    picked = to_device(torch.randint(len(latents), (len(dead),), generator=generator), latents.device)
+    weight = state.model.quantize.embedding.weight
+    usable = dead & latents[picked].isfinite().all(dim=1)
+    weight.copy_(torch.where(usable[:, None], latents[picked], weight))
     state.code_use.zero_()
 
 
