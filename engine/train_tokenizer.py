@@ -133,8 +133,8 @@ def losses(pixels, reconstruction, latents, codes, commitment):
 
 @torch.no_grad()
 def revive_dead_codes(state, latents):
-    """Move each code unused since the last call to a random latent of this batch (of rank 0). Draws by squared
-    distance from the codes in use, as in k-means++, gave no more decibels."""
+    """Move each code unused since the last call to a random latent of this batch (of rank 0). Draws by their
+    squared distance from their codes, as in k-means++, gave no more decibels."""
     latents = latents.detach().flatten(0, -2).contiguous()  # [n, code_dim]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(latents, src=0)
