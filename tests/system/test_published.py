@@ -165,7 +165,7 @@ def test_flags_that_are_given_win_and_all_others_that_are_used_are_printed(progr
 
 def test_own_images_tune_published_weights_where_these_are(published, tmp_path, monkeypatch, capsys):
     """On a GPU by default, elsewhere by name; without the hub a model of their own is trained there."""
-    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 4.0))
+    monkeypatch.setattr(plan, "faster", lambda make_step, device: (False, 4.0, 4.0))
     words = [helpers.images(), tmp_path / "out", "--dry_run"]
     out = finished(call_main(own_images.main, *words, "--model", "lpd_l_256")).out
     assert "main_tokenizer.py" not in out and "--pretrained_ckpt hf://mit-han-lab/lpd_l_256" in out
