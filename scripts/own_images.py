@@ -124,7 +124,8 @@ def new_recipe(args, folder, held_out, device):
     if tokenizer:
         steps = 3 * TUNING if is_cuda(device) else TUNING
         tokenizer["epochs"] = tuning_epochs(recipe, steps, 60 * args.minutes)
-        recipe["decibels"] = decibels(args, tokenizer, held_out or folder, device)
+        if tokenizer["keep_tokens"]:
+            recipe["decibels"] = decibels(args, tokenizer, held_out or folder, device)
     return recipe
 
 
@@ -197,13 +198,13 @@ def command(args, recipe, program, python="python", place=Path()):
             "overwrite": True,
         },
     }
-    start, own = [python, str(place / program)], {**flags[program], "device": args.device}
+    start, own = [python], {**flags[program], "device": args.device}
     if "batch_size" in own and (processes := recipe["processes"]) > 1:
         threads = f"OMP_NUM_THREADS={max(1, torch.get_num_threads() // processes)}"
-        launcher = str(place / "scripts/cli/agent.py"), "--nproc_per_node", str(processes)
-        start = ["env", threads, python, *launcher, start[1]]
+        agent = str(place / "scripts/cli/agent.py")
+        start = ["env", threads, python, agent, "--nproc_per_node", str(processes)]
         own["batch_size"] //= processes
-    return [*start, *words(own)]
+    return [*start, str(place / program), *words(own)]
 
 
 def words(flags):

@@ -223,6 +223,7 @@ def test_images_become_samples_and_the_recipe_is_kept(small, monkeypatch, tmp_pa
     for name in ("tokenizer/reconstructions.png", "tokenizer/loss.png", "lpd/loss.png", "samples/grid.png"):
         assert picture(tmp_path / name).std() > 0
     kept = read_json(tmp_path / "recipe.json")
+    assert kept["decibels"] == pytest.approx(read_json(tmp_path / "tokenizer/report.json")["psnr"], abs=1)
     again = finished(call_main(own_images.main, *words, "--dry_run")).out
     last = {words[0]: words for words in commands(out)}  # a training may have grown
     assert len(last) == 4 and commands(again) == [*last.values()][1:]
